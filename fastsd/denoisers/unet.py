@@ -33,6 +33,9 @@ from fastsd.denoisers.layers import (
 from fastsd.errors import InputError
 
 
+ROWS = 64  # rows that `prepare` computes at a time
+
+
 class Constants(NamedTuple):
     """All that the UNet needs besides the latents, in the dtype of the weights."""
 
@@ -140,8 +143,8 @@ class UNet(nn.Module):
     ) -> Constants:
         """Compute once per image what no step changes.
 
-        The last bits of a row may depend on the number of rows, as matrix products of different shapes may
-        sum in different orders: pad `timesteps` to a fixed number of steps where they must not.
+        Rows are computed in chunks of `ROWS`, the last one padded, since matrix products of different shapes
+        may sum in different orders: so a row has the same bits in a run of 4 steps and in one of 50.
 
         Args:
             timesteps: [steps, B], any real dtype, in training timesteps (may be fractional).
@@ -166,13 +169,18 @@ class UNet(nn.Module):
         condition = None
         if guidance_scale is not None and c.time_cond_proj_dim is not None:
             condition = guidance_embedding(guidance_scale, c.time_cond_proj_dim).to(dtype)
-        embedding = sinusoids(timesteps, c.block_out_channels[0])
-        embedding = self.time_embedding(embedding, condition)  # [steps, B, time_dim]
+        added: Tensor | float = 0.0
         if text_embeds is not None and time_ids is not None:
             sizes = sinusoids(time_ids, c.addition_time_embed_dim).flatten(1)
-            embedding = embedding + self.add_embedding(torch.cat([text_embeds.to(dtype), sizes], -1))
-        embedding = F.silu(embedding)
-        modulation = torch.cat([resnet.time_emb_proj(embedding) for resnet in self._resnets], dim=-1)
+            added = self.add_embedding(torch.cat([text_embeds.to(dtype), sizes], -1))
+        steps = timesteps.shape[0]
+        padded = torch.cat([timesteps, timesteps[-1:].expand(-steps % ROWS, -1)])
+        chunks = []
+        for chunk in padded.split(ROWS):
+            embedding = self.time_embedding(sinusoids(chunk, c.block_out_channels[0]), condition)
+            embedding = F.silu(embedding + added)  # [ROWS, B, time_dim]
+            chunks.append(torch.cat([resnet.time_emb_proj(embedding) for resnet in self._resnets], dim=-1))
+        modulation = torch.cat(chunks)[:steps]
 
         text = encoder_hidden_states.to(dtype)
         context = torch.cat([t for attn in self._text_attentions for t in attn.keys_values(text)], dim=-1)

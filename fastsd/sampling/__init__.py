@@ -1,0 +1,1 @@
+"""Samplers as tables, the loop that runs them, and the noise they start from."""
