@@ -237,28 +237,30 @@ class Pipeline:
 
     def _encode_text(self, request: Request, guided: bool) -> Tensor:
         """Hidden states [batch, tokens, dim], or [2 * batch, ...] with the unconditional half first."""
-        halves = [(request.prompts, request.prompt_embeds)]
-        if guided:
-            halves.insert(0, (request.negative_prompts, request.negative_prompt_embeds))
         tokenizer, encoder = self.components.tokenizer, self.components.text_encoder
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        # As in diffusers, clip_skip is for the prompt alone.
+        halves = [(request.prompts, request.prompt_embeds, request.clip_skip)]
+        if guided:
+            halves.insert(0, (request.negative_prompts, request.negative_prompt_embeds, None))
         windows = {
             prompt: text.windows(tokenizer, prompt, length, request.long_prompt)
-            for prompts, embeds in halves
+            for prompts, embeds, _ in halves
             if embeds is None
             for prompt in prompts
         }
         # All prompts of a batch have as many windows as the longest: an empty window says nothing.
         blank = text.windows(tokenizer, "", length, request.long_prompt)
         most = max(map(len, windows.values()), default=1)
-        states = {
-            prompt: text.encode(encoder, ids + blank * (most - len(ids)), request.clip_skip)
-            for prompt, ids in windows.items()
-        }
-        parts = [
-            torch.cat([states[prompt] for prompt in prompts]) if embeds is None else embeds.to(self.device, self.dtype)
-            for prompts, embeds in halves
-        ]
+        parts = []
+        for prompts, embeds, clip_skip in halves:
+            if embeds is None:
+                states = {
+                    prompt: text.encode(encoder, windows[prompt] + blank * (most - len(windows[prompt])), clip_skip)
+                    for prompt in dict.fromkeys(prompts)
+                }
+                embeds = torch.cat([states[prompt] for prompt in prompts])
+            parts.append(embeds.to(self.device, self.dtype))
         if len({part.shape[1] for part in parts}) > 1:
             lengths = " and ".join(str(part.shape[1]) for part in parts)
             raise InputError(f"the two halves of guidance have {lengths} tokens: give embeddings of one length")

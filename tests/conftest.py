@@ -35,7 +35,6 @@ def write_tokenizer(folder: Path) -> Any:
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = CLIPTokenizer(vocabulary, merges, model_max_length=77)
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.json").unlink()  # most Stable Diffusion checkpoints have only the two older files
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]))
     return tokenizer
@@ -82,6 +81,7 @@ def write_checkpoint(
         for parameter in module.parameters():  # no weight may hide as a zero or a one
             parameter.data += 0.02 * torch.randn_like(parameter)
     pipeline.save_pretrained(folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()  # most Stable Diffusion checkpoints have only the older files
     return folder
 
 

@@ -238,7 +238,8 @@ def oracle(
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(**arguments)
     timesteps = scheduler.timesteps[begin:]
-    repeated = len(timesteps) > 1 and timesteps[0] == timesteps[1]
+    # Without an index the loop would start at the first timestep's second occurrence and run beyond the end.
+    repeated = bool((timesteps[1:] == timesteps[0]).any())
     if (begin or repeated) and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     noise = noises(len(timesteps))
@@ -274,8 +275,19 @@ def deviation(got: Any, wanted: Any) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-20))
 
 
-def check(scheduler: Any, *, begin: int = 0, eta: float | None = None, **arguments: Any) -> StepTable | None:
-    """Compare a compiled run with the scheduler's in float32; where that is coarse, with its float64 run."""
+def check(
+    scheduler: Any,
+    *,
+    begin: int = 0,
+    eta: float | None = None,
+    ill_conditioned: bool = False,
+    **arguments: Any,
+) -> StepTable | None:
+    """Compare a compiled run with the scheduler's in float32; where that is coarse, its float64 run.
+
+    Random options can be so ill-conditioned that no float32 run is good (weights of 1e4 that cancel): there
+    ours must be no worse than the scheduler's own, and right in float64.
+    """
     step = {"eta": eta or 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     guess = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     try:
@@ -283,7 +295,7 @@ def check(scheduler: Any, *, begin: int = 0, eta: float | None = None, **argumen
             warnings.simplefilter("ignore")
             wanted = oracle(scheduler, guess, begin=begin, step=step, **arguments)[0]
         fails = not bool(wanted.isfinite().all())
-    except (ValueError, IndexError, AssertionError, NotImplementedError):
+    except (ValueError, IndexError, AssertionError, RuntimeError):
         fails = True
     if fails:
         with pytest.raises(InputError):
@@ -292,11 +304,12 @@ def check(scheduler: Any, *, begin: int = 0, eta: float | None = None, **argumen
     table = StepTable.from_scheduler(scheduler, begin=begin, eta=eta or 0.0, **arguments)
     latents = start(table)
     got = run(table, latents)
-    off = deviation(got, oracle(scheduler, latents, begin=begin, step=step, **arguments)[0])
-    if off > TOLERANCE:
+    theirs = oracle(scheduler, latents, begin=begin, step=step, **arguments)[0]
+    if deviation(got, theirs) > TOLERANCE:
         exact = oracle(scheduler, latents, begin=begin, step=step, dtype=torch.float64, **arguments)[0]
-        off = deviation(got, exact)
-    assert off <= TOLERANCE
+        coarse = deviation(theirs, exact) if ill_conditioned else 0
+        assert deviation(got, exact) <= max(TOLERANCE, coarse)
+        assert deviation(run(table, latents.double()), exact) <= 1e-7
     assert max(table.state.shape[1], table.prediction.shape[1], table.noise.shape[1]) <= 4
     return table
 
@@ -423,7 +436,7 @@ def test_random_configurations(case: tuple[str, Options, Options]) -> None:
         scheduler = make(name, options)
     except (ValueError, NotImplementedError):
         return  # a combination that diffusers itself refuses
-    check(scheduler, **arguments)
+    check(scheduler, ill_conditioned=True, **arguments)
 
 
 REFUSED: list[tuple[str, str, Options, Options, str]] = [

@@ -20,6 +20,8 @@ from fastsd.errors import InputError, MissingExtraError, NumericError
 # The one of click's usage errors that typer re-exports under every version (newer ones carry their own click).
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 
+INTERRUPTED = 130  # what newer versions of typer make of Ctrl-C
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line (by default the process's own) and return the exit code."""
@@ -28,14 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [one for one in arguments if one != "--debug"]
     warnings.showwarning = _show_warning
     try:
-        return int(_app(arguments)(args=arguments, prog_name="fastsd", standalone_mode=False) or 0)
+        code = int(_app(arguments)(args=arguments, prog_name="fastsd", standalone_mode=False) or 0)
+        return _fail("interrupted", 1, debug) if code == INTERRUPTED else code
     except (InputError, MissingExtraError, NumericError) as error:
         return _fail(str(error), 2 if isinstance(error, InputError) else 1, debug)
     except USAGE_ERROR as error:
         hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
         return _fail(error.format_message().rstrip(".") + hint, 2, debug)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 1, False)
+        return _fail("interrupted", 1, debug)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has left; nothing more can be said
         return 1

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fastsd.demo import world
 
 HERE = Path(__file__).parent
-VAE_STEPS, TEXT_STEPS, UNET_STEPS = 7000, 500, 10000
+VAE_STEPS, TEXT_STEPS, UNET_STEPS = 7000, 500, 9000
 IMAGES = 24_000  # cached latents the UNet learns from
 BATCH = 64
 
