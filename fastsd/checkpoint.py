@@ -64,9 +64,7 @@ _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 # From what the user typed to a local folder
 
 
-def resolve(
-    model: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None
-) -> Path:
+def resolve(model: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None) -> Path:
     """The local folder of `model`: a preset, an existing folder, or a hub id (`org/name` or
     `org/name@revision`).
 
@@ -87,16 +85,12 @@ def resolve(
             if repo is not None:
                 return _download(repo, _one_revision(text, at, pinned, revision), variant)
             if at or revision is not None:
-                raise InputError(
-                    "the demo checkpoint ships with fastsd and has no revisions: leave the revision out"
-                )
+                raise InputError("the demo checkpoint ships with fastsd and has no revisions: leave the revision out")
             return _demo()
     path = Path(os.path.expanduser(text))
     if text and os.path.isdir(path):
         if revision is not None:
-            raise InputError(
-                f"{text!r} is a local folder and has no revision {revision!r}: leave the revision out"
-            )
+            raise InputError(f"{text!r} is a local folder and has no revision {revision!r}: leave the revision out")
         return path
     if text and (os.path.lexists(path) or path.suffix.lower() in (*_PICKLES, ".safetensors")):
         _refuse_file(path)
@@ -110,9 +104,7 @@ def resolve(
 def _demo() -> Path:
     folder = Path(str(resources.files("fastsd").joinpath("demo", "checkpoint")))
     if not folder.is_dir():
-        raise InputError(
-            f"the demo checkpoint is not at {str(folder)!r}: install fastsd again from its wheel"
-        )
+        raise InputError(f"the demo checkpoint is not at {str(folder)!r}: install fastsd again from its wheel")
     return folder
 
 
@@ -122,9 +114,7 @@ def _one_revision(text: str, at: str, pinned: str, revision: str | None) -> str 
     if not pinned:
         raise InputError(f"{text!r} names no revision after the '@': write org/name@revision or org/name")
     if revision not in (None, pinned):
-        raise InputError(
-            f"{text!r} already names a revision, and revision={revision!r} is another: give one of them"
-        )
+        raise InputError(f"{text!r} already names a revision, and revision={revision!r} is another: give one of them")
     return pinned
 
 
@@ -158,9 +148,7 @@ def _refuse_unknown(text: str, *, is_path: bool) -> NoReturn:
         )
     near = difflib.get_close_matches(text.lower(), PRESETS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the presets are {', '.join(PRESETS)}"
-    raise InputError(
-        f"the model {text!r} is neither a preset, an existing folder nor a hub id (org/name): {hint}"
-    )
+    raise InputError(f"the model {text!r} is neither a preset, an existing folder nor a hub id (org/name): {hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,8 +178,7 @@ def _download(repo: str, revision: str | None, variant: str | None) -> Path:
         raise InputError(f"{repo!r} is no valid hub id: write it as org/name, as in its address") from None
     except RevisionNotFoundError:
         raise InputError(
-            f"the hub model {repo!r} has no revision {revision!r}: use a branch, tag or commit of it, or "
-            "leave it out"
+            f"the hub model {repo!r} has no revision {revision!r}: use a branch, tag or commit of it, or leave it out"
         ) from None
     except transport as error:
         return _from_cache(repo, revision, variant, needed, error)
@@ -205,9 +192,7 @@ def _refuse_listing(repo: str, names: list[str]) -> NoReturn:
     )
 
 
-def _needed_files(
-    repo: str, names: Iterable[str], index: Mapping[str, Any], variant: str | None
-) -> list[str]:
+def _needed_files(repo: str, names: Iterable[str], index: Mapping[str, Any], variant: str | None) -> list[str]:
     """The files of a hub repository that a run needs: `names` are all its paths, `index` is its
     model_index.json."""
     folders: dict[str, list[str]] = {component: [] for component in _components(index)}
@@ -221,12 +206,8 @@ def _needed_files(
     for component, files in folders.items():
         where = f"the folder {component!r} of the hub model {repo!r}"
         if not files:
-            raise InputError(
-                f"{where} is missing although model_index.json names it: use a complete repository"
-            )
-        kept = [
-            file for file in files if file.endswith((".json", ".txt", ".model")) and ".index." not in file
-        ]
+            raise InputError(f"{where} is missing although model_index.json names it: use a complete repository")
+        kept = [file for file in files if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
         if _has_weights(index, component):
             chosen = _choose(sets[component], variant, available, files, where)
             kept += [chosen.single] if chosen.single else [*chosen.shards, *filter(None, [chosen.index_file])]
@@ -234,9 +215,7 @@ def _needed_files(
     return needed
 
 
-def _from_cache(
-    repo: str, revision: str | None, variant: str | None, needed: Iterable[str], error: Exception
-) -> Path:
+def _from_cache(repo: str, revision: str | None, variant: str | None, needed: Iterable[str], error: Exception) -> Path:
     """A complete cached copy after the hub failed with `error`, else an `InputError` that explains it.
 
     `needed` are the files of a run, none if the hub failed before they were known.
@@ -251,9 +230,7 @@ def _from_cache(
         ) from error
     try:
         folder = Path(
-            snapshot_download(
-                repo, revision=revision, local_files_only=True, allow_patterns=["model_index.json"]
-            )
+            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["model_index.json"])
         )
         index = read_index(folder)
     except (LocalEntryNotFoundError, InputError):
@@ -377,9 +354,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"the folder {str(folder)!r} has no model_index.json but {_few(files)}: {hint}")
     index = _read_json(path)
     if not isinstance(index.get("_class_name"), str):
-        raise InputError(
-            f'{str(path)!r} names no pipeline: it needs "_class_name", such as "StableDiffusionPipeline"'
-        )
+        raise InputError(f'{str(path)!r} names no pipeline: it needs "_class_name", such as "StableDiffusionPipeline"')
     return index
 
 
@@ -466,8 +441,7 @@ def _choose(
                 "safetensors"
             )
         raise InputError(
-            f"{where} has no weights but {_few(files)}: it needs {_STEMS[0]}.safetensors or "
-            f"{_STEMS[1]}.safetensors"
+            f"{where} has no weights but {_few(files)}: it needs {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors"
         )
     if variant in sets:
         return sets[variant]
@@ -508,9 +482,7 @@ def _read_shard_index(path: Path) -> dict[str, Path]:
     for name in weight_map.values():
         # An index is downloaded data: a name such as ../../x.safetensors must not lead out of the folder.
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-            raise InputError(
-                f"{str(path)!r} names the shard {name!r}: only plain *.safetensors names are allowed"
-            )
+            raise InputError(f"{str(path)!r} names the shard {name!r}: only plain *.safetensors names are allowed")
         shards.setdefault(name, path.parent / name)
     missing = sorted(name for name, shard in shards.items() if not shard.is_file())
     if missing:
@@ -528,8 +500,7 @@ def _refuse_no_folder(folder: Path) -> NoReturn:
 def _component_folder(folder: Path, component: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*", component):
         raise InputError(
-            f"the component {component!r} of {str(folder)!r} is no plain folder name: it must be one such as "
-            "'unet'"
+            f"the component {component!r} of {str(folder)!r} is no plain folder name: it must be one such as 'unet'"
         )
     inside = folder / component
     if not folder.is_dir():
@@ -569,9 +540,7 @@ def _list(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise InputError(
-            f"cannot read the folder {str(folder)!r} ({error.strerror}): make it readable"
-        ) from error
+        raise InputError(f"cannot read the folder {str(folder)!r} ({error.strerror}): make it readable") from error
 
 
 def _few(names: Iterable[str], limit: int = 5) -> str:
@@ -703,9 +672,7 @@ def _tensors(folder: Path, component: str, variant: str | None) -> dict[str, _St
     headers = {path: _header(path) for path in sorted(set(files.weight_map.values()))}
     for name, path in files.weight_map.items():
         if name not in headers[path]:
-            raise InputError(
-                f"the shard {str(path)!r} lacks the tensor {name!r} of its index: download it again"
-            )
+            raise InputError(f"the shard {str(path)!r} lacks the tensor {name!r} of its index: download it again")
     return {name: headers[path][name] for name, path in files.weight_map.items()}
 
 
@@ -722,9 +689,7 @@ def _header(path: Path) -> dict[str, _Stored]:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version ":
-                raise InputError(
-                    f"{str(path)!r} is a Git LFS pointer, not the weights: fetch them with git lfs pull"
-                )
+                raise InputError(f"{str(path)!r} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
             if size < 8 or length > size - 8:
                 # A wild length is no truncation: the file is something else.
                 if size < 8 or length <= _MAX_HEADER:
@@ -739,9 +704,7 @@ def _header(path: Path) -> dict[str, _Stored]:
             header = json.loads(file.read(length))
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
             end = max((int(value["data_offsets"][1]) for value in tensors.values()), default=0)
-            stored = {
-                name: _Stored(path, [int(n) for n in value["shape"]]) for name, value in tensors.items()
-            }
+            stored = {name: _Stored(path, [int(n) for n in value["shape"]]) for name, value in tensors.items()}
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
     except InputError:
@@ -800,8 +763,6 @@ def _place_buffers(module: torch.nn.Module, device: str | torch.device) -> None:
         owner = module.get_submodule(name.rpartition(".")[0])
         if buffer.is_meta:
             if not name.endswith("position_ids"):
-                raise RuntimeError(
-                    f"the buffer {name} is on the meta device and in no checkpoint: build it on the CPU"
-                )
+                raise RuntimeError(f"the buffer {name} is on the meta device and in no checkpoint: build it on the CPU")
             buffer = torch.arange(buffer.shape[-1], dtype=buffer.dtype).expand(buffer.shape)
         setattr(owner, name.rpartition(".")[2], buffer.to(device))

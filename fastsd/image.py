@@ -229,9 +229,7 @@ def save_png(
         try:
             texts.add_text("parameters", recipe.parameters())  # Latin-1 as tEXt, all else as iTXt in UTF-8
         except UnicodeEncodeError:
-            raise InputError(
-                "the recipe has lone surrogates, which are no text: give valid Unicode"
-            ) from None
+            raise InputError("the recipe has lone surrogates, which are no text: give valid Unicode") from None
         texts.add_text("fastsd", recipe.to_json())
     try:
         with _temporary(path.parent) as temporary:
@@ -331,12 +329,8 @@ def _refuse_existing(path: Path) -> NoReturn:
 
 
 def _refuse_write(path: Path, error: OSError) -> NoReturn:
-    raise InputError(
-        f"cannot write {str(path)!r} ({error.strerror or error}): choose another place"
-    ) from error
+    raise InputError(f"cannot write {str(path)!r} ({error.strerror or error}): choose another place") from error
 
 
 def _refuse_read(text: str, error: OSError) -> NoReturn:
-    raise InputError(
-        f"cannot read {text!r} ({error.strerror or error}): pass what exists and is readable"
-    ) from error
+    raise InputError(f"cannot read {text!r} ({error.strerror or error}): pass what exists and is readable") from error

@@ -1,10 +1,10 @@
 """From a prompt to an image, in a straight line. Read this file first.
 
-    prompt ─ text.encode ─► hidden states ┐
-    scheduler ─ compile ──► StepTable ────┤ prepare ─► Constants (rows by step)
-    seed ─ noise per image ─► latents ────┘      everything above this line: once per image
-    for each row:  prediction = denoiser(latents, constants[row]);  latents = step(latents, prediction, table[row])
-    latents ─ vae.decode ─► pixels ─► image with its own recipe
+prompt ─ text.encode ─► hidden states ┐
+scheduler ─ compile ──► StepTable ────┤ prepare ─► Constants (rows by step)
+seed ─ noise per image ─► latents ────┘      everything above this line: once per image
+for each row:  prediction = denoiser(latents, constants[row]);  latents = step(latents, prediction, table[row])
+latents ─ vae.decode ─► pixels ─► image with its own recipe
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Unpack
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor

@@ -148,7 +148,9 @@ def check(
     if batch > MAX_IMAGES:
         raise InputError(f"{batch} images are more than one call makes ({MAX_IMAGES}): split them over several")
     prompts = [text.check_prompt(one) for one in _each("prompt", prompt or "", count)]
-    negative = [text.check_prompt(one, "negative_prompt") for one in _each("negative_prompt", negative_prompt or "", count)]
+    negative = [
+        text.check_prompt(one, "negative_prompt") for one in _each("negative_prompt", negative_prompt or "", count)
+    ]
     if negative_embeds is not None and len(negative_embeds) not in (1, count):
         raise InputError(f"negative_prompt_embeds has {len(negative_embeds)} entries: give 1 or {count}")
 
@@ -227,10 +229,16 @@ def check_size(pipeline: Pipeline, height: Any, width: Any) -> tuple[tuple[int, 
 
 
 def _schedule(
-    pipeline: Pipeline, steps: Any, sigmas: Sequence[float] | None, timesteps: Sequence[int] | None, batch: int
+    pipeline: Pipeline,
+    steps: Any,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[int] | None,
+    batch: int,
 ) -> tuple[list[Any], dict[str, list[Any]]]:
     """Step counts by image, or a custom schedule for all."""
-    custom = {name: list(values) for name, values in (("sigmas", sigmas), ("timesteps", timesteps)) if values is not None}
+    custom = {
+        name: list(values) for name, values in (("sigmas", sigmas), ("timesteps", timesteps)) if values is not None
+    }
     if len(custom) == 2:
         raise InputError("give either sigmas or timesteps")
     if custom:
@@ -246,7 +254,11 @@ def _schedule(
 
 
 def _tables(
-    pipeline: Pipeline, schedulers: list[Any], counts: list[Any], scales: list[float], arguments: dict[str, Any]
+    pipeline: Pipeline,
+    schedulers: list[Any],
+    counts: list[Any],
+    scales: list[float],
+    arguments: dict[str, Any],
 ) -> list[StepTable]:
     """One table per image; images that ask for the same share one, so that the loop updates them together."""
     made: dict[Any, StepTable] = {}
@@ -283,7 +295,9 @@ def _noise_sources(seed: Any, generator: Any, batch: int) -> tuple[list[int | No
     else:
         seeds = [check_seed(seed) + i for i in range(batch)]
         if seeds[-1] > MAX_SEED:
-            raise InputError(f"seed {seed} leaves no room for {batch} images: use one of at most {MAX_SEED - batch + 1}")
+            raise InputError(
+                f"seed {seed} leaves no room for {batch} images: use one of at most {MAX_SEED - batch + 1}"
+            )
     return list(seeds), [noise_source(one) for one in seeds]
 
 

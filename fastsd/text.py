@@ -36,8 +36,8 @@ def check_prompt(prompt: Any, name: str = "prompt") -> str:
 def windows(tokenizer: Any, prompt: str, length: int, long_prompt: LongPrompt) -> list[list[int]]:
     """Token ids of a prompt, in windows of the encoder's `length` (77), each with its marks and padding.
 
-    A prompt of up to `length` - 2 tokens is one window. A longer one is cut, with a warning that names the words lost, or
-    (`"windows"`) goes on in further windows, whose hidden states the UNet then sees side by side.
+    A prompt of up to `length` - 2 tokens is one window. A longer one is cut, with a warning that names the words
+    lost, or (`"windows"`) goes on in further windows, whose hidden states the UNet then sees side by side.
     """
     ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     room = length - 2

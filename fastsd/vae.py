@@ -33,4 +33,5 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     with torch.inference_mode():
         pixels = (pixels * 2 - 1).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
         latents = [vae.encode(one, return_dict=False)[0].mode().float() for one in pixels.split(1)]
-        return torch.cat(latents) * vae.config.scaling_factor
+        scaled: Tensor = torch.cat(latents) * vae.config.scaling_factor
+        return scaled

@@ -41,7 +41,11 @@ def write_tokenizer(folder: Path) -> Any:
 
 
 def write_checkpoint(
-    folder: Path, *, unet: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None, seed: int = 0
+    folder: Path,
+    *,
+    unet: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Path:
     """A whole Stable Diffusion checkpoint with random weights, as `diffusers` writes it (fp32, 0.3 MB)."""
     import torch

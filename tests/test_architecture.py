@@ -53,7 +53,13 @@ def modules_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import fastsd", "import fastsd.cli", "import fastsd.cli.generate", "import fastsd.sampling.loop", "fastsd_kernels"],
+    [
+        "import fastsd",
+        "import fastsd.cli",
+        "import fastsd.cli.generate",
+        "import fastsd.sampling.loop",
+        "fastsd_kernels",
+    ],
 )
 def test_import_is_light(statement: str) -> None:
     loaded = modules_after(statement if " " in statement else f"import {statement}")

@@ -125,8 +125,7 @@ class Hub:
                 files = hub.repos[repo]
                 if api and rest[:1] == ["tree"]:
                     tree = [
-                        {"type": "file", "path": path, "size": len(body), "oid": "0"}
-                        for path, body in files.items()
+                        {"type": "file", "path": path, "size": len(body), "oid": "0"} for path, body in files.items()
                     ]
                     return self.answer(200, json.dumps(tree).encode(), {})
                 if api:
@@ -232,8 +231,7 @@ DOWNLOADS = {
     "sd15": (
         SD15,
         None,
-        SD15_SMALL
-        | {f"unet/{STEM}.safetensors", f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"},
+        SD15_SMALL | {f"unet/{STEM}.safetensors", f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"},
     ),
     "sd15-fp16": (
         SD15,
@@ -245,8 +243,7 @@ DOWNLOADS = {
     "sd15-non_ema": (
         SD15,
         "non_ema",
-        SD15_SMALL
-        | {f"unet/{STEM}.non_ema.safetensors", f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"},
+        SD15_SMALL | {f"unet/{STEM}.non_ema.safetensors", f"vae/{STEM}.safetensors", "text_encoder/model.safetensors"},
     ),
     "sd3": (
         SD3,
@@ -847,9 +844,7 @@ def test_state_dict_equals_safetensors(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
-        assert torch.equal(
-            ours[name].contiguous().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)
-        )
+        assert torch.equal(ours[name].contiguous().view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
 
 
 @given(
@@ -857,9 +852,7 @@ def test_state_dict_equals_safetensors(tmp_path: Path) -> None:
     cut=st.integers(0, len(TENSORS)),
 )
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_files_never_escape_as_other_errors(
-    edits: list[tuple[int, int]], cut: int, tmp_path: Path
-) -> None:
+def test_damaged_files_never_escape_as_other_errors(edits: list[tuple[int, int]], cut: int, tmp_path: Path) -> None:
     content = bytearray(TENSORS)
     for place, value in edits:
         content[place] = value
@@ -1003,9 +996,7 @@ CHANGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], dict[str, torc
     ),
     "clip with prefix": (
         "clip",
-        lambda state: {
-            f"text_model.{name.removeprefix('text_model.')}": value for name, value in state.items()
-        },
+        lambda state: {f"text_model.{name.removeprefix('text_model.')}": value for name, value in state.items()},
     ),
     "clip with position ids": (
         "clip",

@@ -35,7 +35,10 @@ def test_one_image(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Image.open("cat.png").size == (64, 64)
     recipe = read_recipe("cat.png")
     assert (recipe["prompt"], recipe["seed"], recipe["guidance_scale"]) == ("a cat", 7, 3.0)
-    assert "Steps: 1, Sampler: DDIMScheduler, CFG scale: 3, Seed: 7, Size: 64x64" in Image.open("cat.png").text["parameters"]
+    assert (
+        "Steps: 1, Sampler: DDIMScheduler, CFG scale: 3, Seed: 7, Size: 64x64"
+        in Image.open("cat.png").text["parameters"]
+    )
     captured = capsys.readouterr()
     last = captured.out.splitlines()[-1]
     assert last.startswith("cat.png: text ") and "denoise" in last and "decode" in last
@@ -43,13 +46,30 @@ def test_one_image(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_several_prompts_and_images_as_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["a cat", "-p", "red", "-m", str(tiny), "--num-images", "2", "--seed", "1", "--scheduler", "euler_a"]
+    arguments = [
+        "a cat",
+        "-p",
+        "red",
+        "-m",
+        str(tiny),
+        "--num-images",
+        "2",
+        "--seed",
+        "1",
+        "--scheduler",
+        "euler_a",
+    ]
     arguments += ["-W", "72", "-H", "80", "-n", "blue", "--json", *FAST]
     assert main(["generate", *arguments]) == 0
     document = json.loads(capsys.readouterr().out)
     images = document["images"]
     assert [one["path"] for one in images] == [f"out_{i:04d}.png" for i in range(4)]
-    assert [(one["prompt"], one["seed"]) for one in images] == [("a cat", 1), ("a cat", 2), ("red", 3), ("red", 4)]
+    assert [(one["prompt"], one["seed"]) for one in images] == [
+        ("a cat", 1),
+        ("a cat", 2),
+        ("red", 3),
+        ("red", 4),
+    ]
     assert {(one["scheduler"], one["negative_prompt"]) for one in images} == {("euler_a", "blue")}
     assert {Image.open(one["path"]).size for one in images} == {(72, 80)}
     assert set(document["timings"]) == {"text", "prepare", "denoise", "decode", "steps"}
@@ -72,7 +92,23 @@ def test_overwrite_and_no_metadata(tiny: Path) -> None:
 def test_a_recipe_makes_the_image_again(tiny: Path) -> None:
     assert main(["generate", "a cat", "-m", str(tiny), "-o", "1.png", *FAST]) == 0
     seed = str(read_recipe("1.png")["seed"])
-    assert main(["generate", "a cat", "-m", str(tiny), "-o", "2.png", "--num-inference-steps", *FAST[1:], "-s", seed]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a cat",
+                "-m",
+                str(tiny),
+                "-o",
+                "2.png",
+                "--num-inference-steps",
+                *FAST[1:],
+                "-s",
+                seed,
+            ]
+        )
+        == 0
+    )
     assert np.array_equal(np.asarray(Image.open("1.png")), np.asarray(Image.open("2.png")))
 
 
@@ -97,7 +133,9 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_unexpected_error_is_one_line_and_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_is_one_line_and_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("line one\nline two")
 
@@ -129,7 +167,15 @@ def test_nan_is_1_and_names_the_component(model: Path, capsys: pytest.CaptureFix
 
 def test_as_a_process(tiny: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", "import sys, fastsd.cli; sys.exit(fastsd.cli.main())", "generate", "x", "-m", "nope"],
+        [
+            sys.executable,
+            "-c",
+            "import sys, fastsd.cli; sys.exit(fastsd.cli.main())",
+            "generate",
+            "x",
+            "-m",
+            "nope",
+        ],
         capture_output=True,
         text=True,
     )
@@ -153,7 +199,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "hub id while offline": (["x", "-m", "org/name"], "HF_HUB_OFFLINE is set and 'org/name' is not cached"),
     "two revisions": (["x", "-m", "org/name@v1", "--revision", "v2"], "already names a revision"),
     "revision of a folder": (["x", "-m", "{model}", "--revision", "main"], "has no revision 'main'"),
-    "revision of the demo": (["x", "--revision", "main"], "the demo checkpoint ships with fastsd and has no revisions"),
+    "revision of the demo": (
+        ["x", "--revision", "main"],
+        "the demo checkpoint ships with fastsd and has no revisions",
+    ),
     "variant is no name": (["x", "-m", "{model}", "--variant", "../fp16"], "is not a name"),
     "missing variant": (["x", "-m", "{model}", "--variant", "fp16"], "fp16"),
     "unknown backend": (["x", "--backend", "magic"], "the backend 'magic' is unknown: use 'auto' or 'eager'"),
@@ -167,36 +216,66 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "width 0": (["x", "-m", "{model}", "-W", "0"], "width must be"),
     "height negative": (["x", "-m", "{model}", "-H", "-64"], "height must be"),
     "height vast": (["x", "-m", "{model}", "-H", "80000"], "height must be a whole number from 8 to 8192"),
-    "steps 0": (["x", "-m", "{model}", "--steps", "0"], "num_inference_steps must be a whole number from 1 to 1000"),
+    "steps 0": (
+        ["x", "-m", "{model}", "--steps", "0"],
+        "num_inference_steps must be a whole number from 1 to 1000",
+    ),
     "steps negative": (["x", "-m", "{model}", "--steps", "-5"], "num_inference_steps must be"),
     "steps above training": (["x", "-m", "{model}", "--steps", "1001"], "from 1 to 1000, not 1001"),
     "lcm steps": (["x", "-m", "{model}", "--steps", "51", "--scheduler", "lcm"], "50"),
-    "guidance negative": (["x", "-m", "{model}", "--cfg-scale", "-1"], "guidance_scale must be finite and at least 0"),
+    "guidance negative": (
+        ["x", "-m", "{model}", "--cfg-scale", "-1"],
+        "guidance_scale must be finite and at least 0",
+    ),
     "guidance nan": (["x", "-m", "{model}", "--guidance-scale", "nan"], "guidance_scale must be finite"),
     "guidance inf": (["x", "-m", "{model}", "--guidance-scale", "inf"], "guidance_scale must be finite"),
-    "guidance rescale 2": (["x", "-m", "{model}", "--guidance-rescale", "2"], "guidance_rescale must be from 0 to 1"),
+    "guidance rescale 2": (
+        ["x", "-m", "{model}", "--guidance-rescale", "2"],
+        "guidance_rescale must be from 0 to 1",
+    ),
     "guidance rescale nan": (["x", "-m", "{model}", "--guidance-rescale", "nan"], "guidance_rescale must be"),
     "eta 3": (["x", "-m", "{model}", "--eta", "3"], "eta must be from 0 to 1"),
     "eta without use": (["x", "-m", "{model}", "--eta", "0.5", "--scheduler", "euler"], "has no eta"),
     "clip skip": (["x", "-m", "{model}", "--clip-skip", "9"], "clip_skip must be a whole number from 0 to 2"),
-    "seed negative": (["x", "-m", "{model}", "--seed", "-1"], "the seed must be a whole number from 0 to 2**63 - 1"),
+    "seed negative": (
+        ["x", "-m", "{model}", "--seed", "-1"],
+        "the seed must be a whole number from 0 to 2**63 - 1",
+    ),
     "seed 2**63": (["x", "-m", "{model}", "--seed", str(2**63)], "the seed must be"),
-    "seed without room": (["x", "-m", "{model}", "-s", str(2**63 - 1), "--num-images", "2"], "leaves no room"),
+    "seed without room": (
+        ["x", "-m", "{model}", "-s", str(2**63 - 1), "--num-images", "2"],
+        "leaves no room",
+    ),
     "no images": (["x", "--num-images", "0"], "--num-images must be 1 or more"),
     "too many images": (["x", "-m", "{model}", "--num-images", "5000"], "num_images_per_prompt must be"),
-    "too many in all": (["x", "y", "-m", "{model}", "--num-images", "1000"], "2000 images are more than one call makes"),
+    "too many in all": (
+        ["x", "y", "-m", "{model}", "--num-images", "1000"],
+        "2000 images are more than one call makes",
+    ),
     "unknown scheduler": (["x", "-m", "{model}", "--scheduler", "dpmpp2m"], "dpmpp_2m"),
-    "scheduler by another name": (["x", "-m", "{model}", "--scheduler", "EulerScheduler"], "EulerDiscreteScheduler"),
+    "scheduler by another name": (
+        ["x", "-m", "{model}", "--scheduler", "EulerScheduler"],
+        "EulerDiscreteScheduler",
+    ),
     "flow scheduler": (["x", "-m", "{model}", "--scheduler", "flow_euler"], "euler"),
     "long prompt mode": (["x", "-m", "{model}", "--long-prompt", "fold"], "use 'cut' or 'windows'"),
     "NUL in the prompt": (["a\0b", "-m", "{model}"], "prompt holds a NUL character at position 1"),
     "surrogate in the prompt": (["a\ud800", "-m", "{model}"], "prompt holds a lone surrogate at position 1"),
     "NUL in the negative": (["a", "-n", "\0", "-m", "{model}"], "negative_prompt holds a NUL character"),
-    "surrogate in the negative": (["a", "-n", "\udfff", "-m", "{model}"], "negative_prompt holds a lone surrogate"),
-    "output exists": (["x", "-o", "taken.png"], "'taken.png' exists already: choose another name or allow --overwrite"),
+    "surrogate in the negative": (
+        ["a", "-n", "\udfff", "-m", "{model}"],
+        "negative_prompt holds a lone surrogate",
+    ),
+    "output exists": (
+        ["x", "-o", "taken.png"],
+        "'taken.png' exists already: choose another name or allow --overwrite",
+    ),
     "one of several exists": (["x", "y", "-o", "many.png"], "'many_0001.png' exists already"),
     "output folder missing": (["x", "-o", "no/where.png"], "the output folder 'no' does not exist"),
-    "output parent is a file": (["x", "-o", "taken.png/out.png"], "the output folder 'taken.png' is not a folder"),
+    "output parent is a file": (
+        ["x", "-o", "taken.png/out.png"],
+        "the output folder 'taken.png' is not a folder",
+    ),
     "output suffix": (["x", "-o", "out.jpg"], "is not a .png"),
     "output without suffix": (["x", "-o", "out"], "is not a .png"),
     "output empty": (["x", "-o", ""], "the output '' is no file name"),
@@ -282,8 +361,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit(m / "scheduler/scheduler_config.json", _class_name="MagicScheduler"),
         "MagicScheduler",
     ),
-    "scheduler clips": (lambda m: edit(m / "scheduler/scheduler_config.json", clip_sample=True), "clip_sample"),
-    "scheduler thresholds": (lambda m: edit(m / "scheduler/scheduler_config.json", thresholding=True), "thresholding"),
+    "scheduler clips": (
+        lambda m: edit(m / "scheduler/scheduler_config.json", clip_sample=True),
+        "clip_sample",
+    ),
+    "scheduler thresholds": (
+        lambda m: edit(m / "scheduler/scheduler_config.json", thresholding=True),
+        "thresholding",
+    ),
     "no unet config": (lambda m: (m / "unet/config.json").unlink(), "config.json"),
     "unet config is no JSON": (lambda m: (m / "unet/config.json").write_text("nope"), "config.json"),
     "unet of another kind": (lambda m: edit(m / "unet/config.json", act_fn="relu"), "act_fn = 'relu'"),
@@ -317,7 +402,12 @@ def test_there_are_at_least_sixty() -> None:
 
 def test_the_hub_out_of_reach() -> None:
     code = "import sys, fastsd.cli; sys.exit(fastsd.cli.main(['generate', 'x', '-m', 'org/name']))"
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": "cache", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": "cache",
+        "PATH": "/usr/bin:/bin",
+    }
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "'org/name' is not cached" in run.stderr and "HF_HUB_OFFLINE=1" in run.stderr

@@ -286,13 +286,9 @@ def test_recipe_refusals(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "new.png").exists()
 
 
-@given(
-    cut=st.integers(0, 400), edits=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=3)
-)
+@given(cut=st.integers(0, 400), edits=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=3))
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_images_never_escape_as_other_errors(
-    cut: int, edits: list[tuple[int, int]], tmp_path: Path
-) -> None:
+def test_damaged_images_never_escape_as_other_errors(cut: int, edits: list[tuple[int, int]], tmp_path: Path) -> None:
     save_png(picture(2, 2), tmp_path / "a.png", recipe(), overwrite=True)
     content = bytearray((tmp_path / "a.png").read_bytes())
     for place, value in edits:
@@ -401,9 +397,7 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
-def test_a_file_that_appears_meanwhile_stays(
-    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_appears_meanwhile_stays(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     image = picture()
     save = image.save

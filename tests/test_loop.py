@@ -17,9 +17,7 @@ from fastsd.sampling.noise import noise_source
 from fastsd.sampling.schedulers import SAMPLERS, resolve_scheduler
 from fastsd.sampling.table import StepTable
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{name}") for name in ("FutureWarning", "DeprecationWarning")
-]
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("FutureWarning", "DeprecationWarning")]
 
 SD = {
     "_class_name": "PNDMScheduler",
@@ -50,17 +48,13 @@ def model(tables: Sequence[StepTable]) -> Callable[[Any, int], Any]:
         for i, sample in enumerate(array):
             image, unconditional = i % len(tables), len(array) > len(tables) and i < len(tables)
             t = np.float32(timesteps[row, image] / 1000)
-            result[i] = (
-                np.tanh(0.7 * sample + t) + 0.3 * np.roll(sample, 1, -1) + (0.2 if unconditional else 0.0)
-            )
+            result[i] = np.tanh(0.7 * sample + t) + 0.3 * np.roll(sample, 1, -1) + (0.2 if unconditional else 0.0)
         return torch.from_numpy(result) if isinstance(x, torch.Tensor) else result
 
     return predict
 
 
-def run(
-    tables: Sequence[StepTable], seeds: Sequence[int], shape: tuple[int, ...], convert: Any, **options: Any
-) -> Any:
+def run(tables: Sequence[StepTable], seeds: Sequence[int], shape: tuple[int, ...], convert: Any, **options: Any) -> Any:
     noise = [noise_source(seed) for seed in seeds]
     latents = initial_latents(convert(np.stack([source(shape) for source in noise])), tables)
     *_, step = denoise(model(tables), latents, tables, noise=noise, **options)
@@ -83,9 +77,7 @@ MIXED = [
 
 @both
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_image_of_a_mixed_batch_is_bit_identical_to_itself_alone(
-    shape: tuple[int, ...], convert: Any
-) -> None:
+def test_an_image_of_a_mixed_batch_is_bit_identical_to_itself_alone(shape: tuple[int, ...], convert: Any) -> None:
     seeds = range(100, 100 + len(MIXED))
     rescale = {"guidance_rescale": 0.7} if shape != (7,) else {}
     together = run(MIXED, seeds, shape, convert, **rescale)
@@ -125,9 +117,7 @@ def test_float64_latents_keep_their_precision() -> None:
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8))
     finals = []
     for convert in BACKENDS:
-        steps = list(
-            zip(denoise(lambda x, row: 0.1 * x, convert(noise), [own], noise=[noise_source(0)]), strict=True)
-        )
+        steps = list(zip(denoise(lambda x, row: 0.1 * x, convert(noise), [own], noise=[noise_source(0)]), strict=True))
         finals.append(np.asarray(steps[-1][0].latents))
     assert finals[0].dtype == np.float64
     states, predictions = [noise], []
@@ -173,9 +163,7 @@ def test_guidance_is_that_of_diffusers(scale: float, rescale: float) -> None:
 @pytest.mark.parametrize(
     ("guidance", "calls"), [((1, 1), 2), ((0, 0.5), 2), ((1, 2), 4), ((3, 3), 4)], ids=lambda v: str(v)
 )
-def test_the_batch_is_doubled_only_where_one_guides(
-    guidance: tuple[float, ...], calls: int, convert: Any
-) -> None:
+def test_the_batch_is_doubled_only_where_one_guides(guidance: tuple[float, ...], calls: int, convert: Any) -> None:
     tables = [table("euler", 3, scale) for scale in guidance]
     sizes = []
 
@@ -277,9 +265,7 @@ def test_denoised_of_a_perfect_model_is_the_image(convert: Any) -> None:
         for step in denoise(
             lambda x, row, v=velocity: convert(v.copy()), convert(latents), [own], noise=[noise_source(0)]
         ):
-            assert (
-                np.abs(np.asarray(step.denoised()) - image).max() <= 2e-4
-            )  # eps at sigma 14.6 loses four bits
+            assert np.abs(np.asarray(step.denoised()) - image).max() <= 2e-4  # eps at sigma 14.6 loses four bits
         if name != "unipc":
             assert np.abs(np.asarray(step.latents) - image).max() <= 0.25
 

@@ -36,14 +36,17 @@ def test_the_wheel_holds_four_packages_and_the_demo(built: Path) -> None:
     for package in ("fastsd", "fastsd_kernels", "fastsd_export", "fastsd_benchmarks"):
         assert f"{package}/py.typed" in names
     for part in ("vae", "unet", "text_encoder"):
-        assert any(name.startswith(f"fastsd/demo/checkpoint/{part}/") and name.endswith(".safetensors") for name in names)
+        assert any(
+            name.startswith(f"fastsd/demo/checkpoint/{part}/") and name.endswith(".safetensors") for name in names
+        )
     assert "fastsd/demo/checkpoint/model_index.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_sdist_holds_the_tests(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    names = [name.partition("/")[2] for name in tarfile.open(sdist).getnames()]
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
     assert "tests/test_packaging.py" in names and "pyproject.toml" in names and "LICENSE" in names
     assert not [name for name in names if name.startswith("runs/")]
 

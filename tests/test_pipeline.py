@@ -37,7 +37,7 @@ def reference(tiny: Path) -> Any:
 def load_reference(folder: Path) -> Any:
     reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     reference.set_progress_bar_config(disable=True)
-    # With clip_skip diffusers asks for `text_encoder.text_model`, which transformers 5 has no more: it is the same module.
+    # With clip_skip diffusers asks for `text_encoder.text_model`, which transformers 5 has no more: the same module.
     reference.text_encoder.__dict__.setdefault("text_model", reference.text_encoder)
     return reference
 
@@ -160,11 +160,14 @@ def test_arguments_mean_what_they_mean_in_diffusers(pipe: Pipeline, reference: A
 @pytest.mark.parametrize("width", [64, 104], ids=["even", "not a multiple of 16 values"])
 def test_one_generator_draws_for_the_whole_batch(pipe: Pipeline, reference: Any, name: str, width: int) -> None:
     reference.scheduler = getattr(diffusers, SCHEDULERS[name][0]).from_config(reference.scheduler.config)
-    arguments: dict[str, Any] = {"num_inference_steps": 4, "num_images_per_prompt": 2, "width": width, "height": 72}
+    arguments: dict[str, Any] = {
+        "num_inference_steps": 4,
+        "num_images_per_prompt": 2,
+        "width": width,
+        "height": 72,
+    }
     expected = reference(PROMPT, generator=torch.Generator().manual_seed(1), output_type="latent", **arguments).images
-    result = pipe(
-        PROMPT, generator=torch.Generator().manual_seed(1), scheduler=name, output_type="latent", **arguments
-    )
+    result = pipe(PROMPT, generator=torch.Generator().manual_seed(1), scheduler=name, output_type="latent", **arguments)
     assert result.seeds == [None, None]
     torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
 
@@ -193,7 +196,11 @@ def test_embeddings_stand_for_prompts(pipe: Pipeline, reference: Any) -> None:
     positive, negative = reference.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
     expected = pipe(PROMPT, negative_prompt=NEGATIVE, seed=1, num_inference_steps=3, output_type="latent").images
     result = pipe(
-        prompt_embeds=positive, negative_prompt_embeds=negative, seed=1, num_inference_steps=3, output_type="latent"
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        seed=1,
+        num_inference_steps=3,
+        output_type="latent",
     )
     torch.testing.assert_close(result.images, expected, atol=1e-5, rtol=0)
 
@@ -206,9 +213,7 @@ def test_adopts_a_diffusers_pipeline_without_copying(reference: Any, pipe: Pipel
     }
     assert adopted.components.vae is reference.vae
     arguments: dict[str, Any] = {"seed": 5, "num_inference_steps": 3, "output_type": "latent"}
-    torch.testing.assert_close(
-        adopted(PROMPT, **arguments).images, pipe(PROMPT, **arguments).images, atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(adopted(PROMPT, **arguments).images, pipe(PROMPT, **arguments).images, atol=1e-4, rtol=0)
 
 
 # Images of one batch may differ in everything but their size.
@@ -301,7 +306,8 @@ def test_timings_cover_the_stages(pipe: Pipeline) -> None:
 def test_output_types(pipe: Pipeline) -> None:
     arguments: dict[str, Any] = {"seed": 1, "num_inference_steps": 2}
     pil, array, tensor, latent = (
-        pipe(PROMPT, output_type=kind, **arguments).images for kind in ("pil", "np", "pt", "latent")  # type: ignore[arg-type]
+        pipe(PROMPT, output_type=kind, **arguments).images
+        for kind in ("pil", "np", "pt", "latent")  # type: ignore[arg-type]
     )
     assert array.shape == (1, 64, 64, 3) and array.dtype == np.float32
     assert np.array_equal(tensor.numpy(), array)
@@ -385,7 +391,12 @@ def test_nan_and_inf_name_their_component(tiny: Path, component: str, named: str
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_stays_near_float32(tiny: Path, pipe: Pipeline, dtype: str) -> None:
     low = Pipeline.from_pretrained(tiny, dtype=dtype)
-    arguments: dict[str, Any] = {"seed": 1, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    arguments: dict[str, Any] = {
+        "seed": 1,
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+    }
     result, exact = low(PROMPT, **arguments).images, pipe(PROMPT, **arguments).images
     assert result.dtype == torch.float32
     # bfloat16 keeps 8 bits: 0.4 % a rounding, some 50 layers deep, 4 steps.

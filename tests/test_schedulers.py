@@ -12,9 +12,7 @@ from fastsd.errors import InputError, MissingExtraError
 from fastsd.sampling.schedulers import SAMPLERS, is_flow, resolve_scheduler
 from fastsd.sampling.table import StepTable
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{name}") for name in ("FutureWarning", "DeprecationWarning")
-]
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("FutureWarning", "DeprecationWarning")]
 
 # The published scheduler_config.json files.
 SD15 = {
@@ -159,9 +157,7 @@ def test_the_static_shift_of_a_flow_checkpoint_is_kept() -> None:
         assert resolve_scheduler("flow_unipc", config).config.flow_shift == shift
 
 
-@pytest.mark.parametrize(
-    ("config", "flow"), [(SD15, False), (SDXL, False), (SD3, True), (SANA, True), ({}, False)]
-)
+@pytest.mark.parametrize(("config", "flow"), [(SD15, False), (SDXL, False), (SD3, True), (SANA, True), ({}, False)])
 def test_is_flow(config: dict[str, Any], flow: bool) -> None:
     assert is_flow(config) is flow
 
@@ -196,9 +192,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "config", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
-)
+@pytest.mark.parametrize(("scheduler", "config", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_refusals_are_one_sentence(scheduler: Any, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as error:
         resolve_scheduler(scheduler, config)

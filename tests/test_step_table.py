@@ -23,9 +23,7 @@ from fastsd.sampling.loop import denoise, initial_latents
 from fastsd.sampling.table import StepTable
 
 # Of diffusers, about itself and about numpy 2.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{name}") for name in ("FutureWarning", "DeprecationWarning")
-]
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{name}") for name in ("FutureWarning", "DeprecationWarning")]
 
 SHAPE = (1, 4, 3, 5)
 STEPS = (1, 2, 3, 4, 10, 20, 50)
@@ -192,12 +190,7 @@ class Given(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.randn:
             return torch.from_numpy(next(self.noise)).to(self.dtype)
-        if (
-            func is torch.Tensor.to
-            and self.dtype == torch.float64
-            and args[0].ndim > 1
-            and torch.float32 in args
-        ):
+        if func is torch.Tensor.to and self.dtype == torch.float64 and args[0].ndim > 1 and torch.float32 in args:
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -314,9 +307,7 @@ def check(
     return table
 
 
-ALL = [
-    pytest.param(name, o, id=f"{name[:-9]}-{label(o)}") for name, options in CASES.items() for o in options
-]
+ALL = [pytest.param(name, o, id=f"{name[:-9]}-{label(o)}") for name, options in CASES.items() for o in options]
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
@@ -521,9 +512,7 @@ class Forgetting(diffusers.DDIMScheduler):
 
     def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
         self.all = [*getattr(self, "all", []), model_output]
-        return super().step(
-            model_output + (self.all[-7] if len(self.all) > 6 else 0), timestep, sample, **kwargs
-        )
+        return super().step(model_output + (self.all[-7] if len(self.all) > 6 else 0), timestep, sample, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -588,8 +577,7 @@ def test_compiling_disturbs_no_other_thread() -> None:
 
     threads = [threading.Thread(target=draw) for _ in range(2)]
     threads += [
-        threading.Thread(target=lambda: tables.append(StepTable.from_scheduler(scheduler, 40)))
-        for _ in range(3)
+        threading.Thread(target=lambda: tables.append(StepTable.from_scheduler(scheduler, 40))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -629,9 +617,7 @@ def test_levels_are_those_of_add_noise(name: str, options: Options, begin: int) 
         got = float(table.signal[row]) * image + float(table.noise_level[row]) * noise
         if name in MIDPOINTS and row % 2:
             # add_noise knows only whole steps; the input is scaled to the midpoint, 1 + sigma**2 in float32.
-            assert table.noise_level[row] ** 2 == pytest.approx(
-                1 / table.input_scale[row] ** 2 - 1, rel=1e-5, abs=3e-7
-            )
+            assert table.noise_level[row] ** 2 == pytest.approx(1 / table.input_scale[row] ** 2 - 1, rel=1e-5, abs=3e-7)
             continue
         assert deviation(got, wanted) <= 1e-6  # two roundings to float32
 
@@ -722,9 +708,7 @@ def test_tables_are_immutable() -> None:
     guided = table.with_guidance(7.5)
     assert guided.guided and (guided.guidance == 7.5).all() and not table.guided
     assert table.with_guidance([1, 2, 2, 2, 1, 1]).guidance.tolist() == [1, 2, 2, 2, 1, 1]
-    assert (
-        guided != table and guided.with_guidance(1) == table and hash(guided.with_guidance(1)) == hash(table)
-    )
+    assert guided != table and guided.with_guidance(1) == table and hash(guided.with_guidance(1)) == hash(table)
 
 
 @pytest.mark.parametrize("scale", [-1, math.nan, math.inf, [1.0, 2.0], [[1.0]]], ids=str)
@@ -739,8 +723,7 @@ def test_json_is_exact(name: str) -> None:
     again = StepTable.from_json(table.to_json())
     assert again == table and again.noise.shape == table.noise.shape
     assert all(
-        getattr(again, f).tobytes() == getattr(table, f).tobytes()
-        for f in ("state", "prediction", "noise", "signal")
+        getattr(again, f).tobytes() == getattr(table, f).tobytes() for f in ("state", "prediction", "noise", "signal")
     )
     assert again.initial_scale == table.initial_scale and not again.state.flags.writeable
     assert StepTable.from_json(table.to_json().encode()) == table

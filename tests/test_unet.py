@@ -242,9 +242,7 @@ def test_channels_last_equals_diffusers(name: str) -> None:
     inputs = Inputs(CASES[name], size=(9, 13))
     constants = inputs.prepare(unet)
     latents = inputs.latents[0].to(memory_format=torch.channels_last)
-    prediction = unet.to(memory_format=torch.channels_last)(
-        latents, constants.modulation[0], constants.context
-    )
+    prediction = unet.to(memory_format=torch.channels_last)(latents, constants.modulation[0], constants.context)
     assert_close(prediction, inputs.oracle(oracle, 0))
 
 
@@ -260,9 +258,7 @@ def test_controlnet_residuals(name: str, size: tuple[int, int]) -> None:
     mid = torch.randn_like(skips[-1])
 
     prediction = unet(inputs.latents[0], *row, down, mid)
-    expected = inputs.oracle(
-        oracle, 0, down_block_additional_residuals=down, mid_block_additional_residual=mid
-    )
+    expected = inputs.oracle(oracle, 0, down_block_additional_residuals=down, mid_block_additional_residual=mid)
     assert_close(prediction, expected)
     # Zero residuals are no residuals; each argument works by itself.
     plain = unet(inputs.latents[0], *row)

@@ -107,9 +107,7 @@ def predrawn(scheduler: Any, noise: Any) -> Iterator[None]:
 
 def moved_bytes(table: StepTable, elements: int, guided: bool) -> float:
     """Bytes that a step must read and write, mean over the rows after the first."""
-    read = sum(np.count_nonzero(m[1:]) for m in (table.state, table.prediction, table.noise)) / (
-        len(table) - 1
-    )
+    read = sum(np.count_nonzero(m[1:]) for m in (table.state, table.prediction, table.noise)) / (len(table) - 1)
     scaled = 2 if guided or (table.input_scale != 1).any() else 0  # the model's input
     return 4 * elements * (read + 1 + (2 if not guided else 3) + scaled * (1.5 if guided else 1))
 
@@ -158,15 +156,9 @@ def measure(name: str, shape: tuple[int, ...], guidance: float, repeats: int) ->
 def main() -> None:
     """Measure all samplers and shapes and print a table, or one JSON document with `--json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON document on stdout instead of the table"
-    )
-    parser.add_argument(
-        "--samplers", default=",".join((*MULTISTEP, *OTHERS)), help="short names, comma-separated"
-    )
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, help="above 1: the guided batch is combined too"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
+    parser.add_argument("--samplers", default=",".join((*MULTISTEP, *OTHERS)), help="short names, comma-separated")
+    parser.add_argument("--guidance", type=float, default=1.0, help="above 1: the guided batch is combined too")
     parser.add_argument("--repeats", type=int, default=12, help="runs of each side, in turns")
     options = parser.parse_args()
     with torch.inference_mode():
@@ -186,9 +178,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(document))
         return
-    table = Table(
-        title=f"sampler's own cost a step, {torch.get_num_threads()} threads, guidance {options.guidance:g}"
-    )
+    table = Table(title=f"sampler's own cost a step, {torch.get_num_threads()} threads, guidance {options.guidance:g}")
     for column in (
         "sampler",
         "latents",

@@ -18,7 +18,7 @@ import fastsd
 from fastsd.errors import InputError, MissingExtraError, NumericError
 
 # The one of click's usage errors that typer re-exports under every version (newer ones carry their own click).
-USAGE_ERROR = typer.BadParameter.__mro__[1]
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 INTERRUPTED = 130  # what newer versions of typer make of Ctrl-C
 
@@ -35,8 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, MissingExtraError, NumericError) as error:
         return _fail(str(error), 2 if isinstance(error, InputError) else 1, debug)
     except USAGE_ERROR as error:
-        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-        return _fail(error.format_message().rstrip(".") + hint, 2, debug)  # type: ignore[attr-defined]
+        usage: Any = error
+        hint = f" (see {usage.ctx.command_path} --help)" if usage.ctx else ""
+        return _fail(usage.format_message().rstrip(".") + hint, 2, debug)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 1, debug)
     except BrokenPipeError:

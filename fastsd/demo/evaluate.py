@@ -4,8 +4,8 @@
 
 Each caption's image is judged by plain geometry, without a model: the background is the palette colour nearest to the
 border's median, the shape is what differs from it, its colour the palette colour nearest to its inside's median, its
-kind the outline it overlaps best, its place that of its centroid, its size that of its bounding box. Scenes whose colour pair × shape was
-kept out of training are reported apart.
+kind the outline it overlaps best, its place that of its centroid, its size that of its bounding box. Scenes whose
+colour pair × shape was kept out of training are reported apart.
 """
 
 import argparse

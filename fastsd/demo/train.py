@@ -94,6 +94,7 @@ class Run:
         torch.manual_seed(args.seed + self.step)
 
     def save(self) -> None:
+        """Write the state, so that a crash leaves the old one or the new one."""
         state = {
             "modules": [m.state_dict() for m in self.modules],
             "optimizer": self.optimizer.state_dict(),
@@ -123,6 +124,7 @@ class Run:
         self.save()
 
     def update(self, loss: Tensor) -> None:
+        """One optimiser step, and one of the weight average."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -161,6 +163,7 @@ def paint_crop(rng: np.random.Generator, size: int) -> np.ndarray[Any, Any]:
 
 
 def train_vae(args: argparse.Namespace) -> None:
+    """Compress pixels to 4 channels at an eighth of the size, and back."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(args.seed)
@@ -196,7 +199,8 @@ def make_tokenizer(folder: Path, rng: np.random.Generator) -> None:
     captions = [world.caption(world.random_scene(rng), rng) for _ in range(20_000)]
     alphabet = sorted(ByteLevel.alphabet())
     backend.train_from_iterator(
-        captions, BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+        captions,
+        BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
     )
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     # The order of CLIP's own vocabulary: bytes, bytes that end a word, merges, the two marks.
@@ -210,6 +214,7 @@ def make_tokenizer(folder: Path, rng: np.random.Generator) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that `make_tokenizer` wrote."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)
@@ -334,6 +339,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the stages that are not done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="where the components are written")
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="state of unfinished stages")

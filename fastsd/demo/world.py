@@ -156,9 +156,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     def article(words: str) -> str:
         return ("an " if words[0] in "aeiou" else "a ") + words
 
-    size = {None: "", "small": one_of("small ", "tiny ", "little "), "large": one_of("large ", "big ", "huge ")}[
-        scene.size
-    ]
+    size = {
+        None: "",
+        "small": one_of("small ", "tiny ", "little "),
+        "large": one_of("large ", "big ", "huge "),
+    }[scene.size]
     place = scene.place or ""
     where = {
         "": "",

@@ -32,7 +32,6 @@ from fastsd.denoisers.layers import (
 )
 from fastsd.errors import InputError
 
-
 ROWS = 64  # rows that `prepare` computes at a time
 
 
@@ -114,9 +113,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(resnets, attentions, Upsample(width) if i > 0 else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
-        self.conv_out = nn.Conv2d(
-            channels[0], c.out_channels, c.conv_out_kernel, padding=c.conv_out_kernel // 2
-        )
+        self.conv_out = nn.Conv2d(channels[0], c.out_channels, c.conv_out_kernel, padding=c.conv_out_kernel // 2)
         self._assign_columns()
 
     def _assign_columns(self) -> None:
@@ -162,9 +159,7 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
 
         def sinusoids(values: Tensor, dim: int) -> Tensor:
-            return timestep_embedding(
-                values, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
-            ).to(dtype)
+            return timestep_embedding(values, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift).to(dtype)
 
         condition = None
         if guidance_scale is not None and c.time_cond_proj_dim is not None:
@@ -198,8 +193,7 @@ class UNet(nn.Module):
         c = self.config
         if text.ndim != 3 or text.shape[2] != c.cross_attention_dim:
             raise InputError(
-                f"encoder_hidden_states is {list(text.shape)}; "
-                f"it must be [batch, tokens, {c.cross_attention_dim}]."
+                f"encoder_hidden_states is {list(text.shape)}; it must be [batch, tokens, {c.cross_attention_dim}]."
             )
         batch = text.shape[0]
         if timesteps.ndim != 2 or timesteps.shape[1] != batch or timesteps.shape[0] == 0:
@@ -208,9 +202,7 @@ class UNet(nn.Module):
         added = kind is not None
         if (text_embeds is not None, time_ids is not None) != (added, added):
             verb = "needs" if added else "takes no"
-            raise InputError(
-                f"This UNet {verb} text_embeds and time_ids (its addition_embed_type is {kind!r})."
-            )
+            raise InputError(f"This UNet {verb} text_embeds and time_ids (its addition_embed_type is {kind!r}).")
         if text_embeds is not None and time_ids is not None:
             dim = c.projection_class_embeddings_input_dim
             given = text_embeds.shape[-1] + time_ids.shape[-1] * c.addition_time_embed_dim
@@ -221,9 +213,7 @@ class UNet(nn.Module):
                 )
         if (guidance_scale is None) != (c.time_cond_proj_dim is None):
             verb = "needs" if c.time_cond_proj_dim else "takes no"
-            raise InputError(
-                f"This UNet {verb} guidance_scale (time_cond_proj_dim = {c.time_cond_proj_dim})."
-            )
+            raise InputError(f"This UNet {verb} guidance_scale (time_cond_proj_dim = {c.time_cond_proj_dim}).")
         if guidance_scale is not None and guidance_scale.shape != (batch,):
             raise InputError(f"guidance_scale is {list(guidance_scale.shape)}; it must be [{batch}].")
 
@@ -442,9 +432,7 @@ class UNetConfig:
                 raise InputError(f"The UNet configuration has {key} = {value!r}, which is not supported.")
         raw = _DEFAULTS | dict(config)
         if not isinstance(raw["block_out_channels"], list | tuple):
-            raise _refusal(
-                "block_out_channels", raw["block_out_channels"], "a list of channels, one per level"
-            )
+            raise _refusal("block_out_channels", raw["block_out_channels"], "a list of channels, one per level")
         levels = len(raw["block_out_channels"])
 
         def integer(key: str, least: int = 1) -> int:
@@ -515,9 +503,7 @@ class UNetConfig:
             ),
             time_embedding_dim=_integer("time_embedding_dim", raw["time_embedding_dim"] or 4 * widths[0]),
             # Below 4 the guidance embedding has no second frequency.
-            time_cond_proj_dim=None
-            if raw["time_cond_proj_dim"] is None
-            else integer("time_cond_proj_dim", 4),
+            time_cond_proj_dim=None if raw["time_cond_proj_dim"] is None else integer("time_cond_proj_dim", 4),
             conv_in_kernel=kernel("conv_in_kernel"),
             conv_out_kernel=kernel("conv_out_kernel"),
         )

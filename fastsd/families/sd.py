@@ -54,7 +54,7 @@ def load(folder: Path, *, variant: str | None, dtype: torch.dtype, device: torch
         )
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions for a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{str(folder / 'tokenizer')!r} is no CLIP tokenizer ({reason}): download the checkpoint again"
@@ -88,9 +88,7 @@ def guides(components: Components, guidance_scale: float) -> bool:
     return guidance_scale > 1 and components.denoiser.config.time_cond_proj_dim is None
 
 
-def prepare(
-    components: Components, timesteps: Tensor, states: Tensor, guidance_scales: list[float]
-) -> Constants:
+def prepare(components: Components, timesteps: Tensor, states: Tensor, guidance_scales: list[float]) -> Constants:
     """All that no step changes, computed once per image.
 
     Args:

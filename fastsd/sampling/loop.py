@@ -47,9 +47,7 @@ class Step:
 def stack_timesteps(tables: Sequence[StepTable]) -> Float64:
     """Timesteps of all images, [steps of the longest, batch]; a finished image repeats its last one."""
     steps = max(map(len, tables))
-    return np.stack(
-        [np.pad(table.timestep, (0, steps - len(table)), mode="edge") for table in tables], axis=1
-    )
+    return np.stack([np.pad(table.timestep, (0, steps - len(table)), mode="edge") for table in tables], axis=1)
 
 
 def initial_latents(noise: Array, tables: Sequence[StepTable]) -> Array:
@@ -201,9 +199,7 @@ class _Group:
             runs = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
             key = (target, *(bound for run in runs for bound in (run.start, run.stop)))
             if key not in views:
-                views[key] = [
-                    (lines[target, i], [lines[run, i].T for run in runs]) for i in range(lines.shape[1])
-                ]
+                views[key] = [(lines[target, i], [lines[run, i].T for run in runs]) for i in range(lines.shape[1])]
             self._products.append((views[key], [constants[row, run] for run in runs]))
 
     def state(self, row: int) -> Array:
@@ -247,9 +243,7 @@ def _draw(ops: _Numpy | _Torch, group: _Group, row: int, noise: list[Noise], sha
     for i, image in enumerate(range(group.images.start, group.images.stop)):
         drawn = noise[image](shape)
         if tuple(drawn.shape) != shape:
-            raise ValueError(
-                f"the noise source of image {image} gave shape {tuple(drawn.shape)}, not {shape}"
-            )
+            raise ValueError(f"the noise source of image {image} gave shape {tuple(drawn.shape)}, not {shape}")
         # A last row's draw may have no weight: only the stream moves on.
         if group.table.noise.shape[1]:
             ops.assign(group.noise(row)[i], drawn.reshape(-1))
@@ -342,9 +336,7 @@ class _Torch:
     def floats(self, x: Array, like: Array) -> Array:
         """The prediction in the state's precision, its shape checked."""
         if x.shape != like.shape:
-            raise ValueError(
-                f"the denoiser gave shape {tuple(x.shape)} for an input of shape {tuple(like.shape)}"
-            )
+            raise ValueError(f"the denoiser gave shape {tuple(x.shape)} for an input of shape {tuple(like.shape)}")
         return x.detach() if x.dtype == self._dtype else x.detach().to(self._dtype)
 
     def scale(self, x: Array, factor: float, out: Array) -> None:

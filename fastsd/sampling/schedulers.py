@@ -93,9 +93,7 @@ def resolve_scheduler(scheduler: Any, config: Mapping[str, Any]) -> Any:
         return _build(_class(name), config, {})
     if not isinstance(scheduler, str):
         if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "config"):
-            raise InputError(
-                f"scheduler must be a name or a diffusers scheduler, not {type(scheduler).__name__}"
-            )
+            raise InputError(f"scheduler must be a name or a diffusers scheduler, not {type(scheduler).__name__}")
         name = type(scheduler).__name__
         _check_flow(name, is_flow({**scheduler.config, "_class_name": name}), config)
         return scheduler
@@ -149,9 +147,7 @@ def _class(name: str) -> Any:
         near = difflib.get_close_matches(name.lower(), SAMPLERS, cutoff=0.5)
         near += difflib.get_close_matches(name, classes, cutoff=0.7)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(
-            f"unknown scheduler {name!r}; {hint}known: {', '.join(SAMPLERS)}, or a diffusers class name"
-        )
+        raise InputError(f"unknown scheduler {name!r}; {hint}known: {', '.join(SAMPLERS)}, or a diffusers class name")
     return cls
 
 

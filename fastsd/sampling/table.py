@@ -112,9 +112,7 @@ class StepTable:
         if self.denoised.shape[1] != 2 or 0 in (self.state.shape[1], self.prediction.shape[1]):
             raise InputError("table.denoised needs 2 columns, table.state and table.prediction at least 1")
         if any(np.triu(weights, 1).any() for weights in (self.state, self.prediction, self.noise)):
-            raise InputError(
-                "table.state, table.prediction and table.noise must not weigh what was before row 0"
-            )
+            raise InputError("table.state, table.prediction and table.noise must not weigh what was before row 0")
         if not isinstance(self.sampler, str) or not self.sampler:
             raise InputError("table.sampler must be the scheduler's class name")
         if not isinstance(self.initial_scale, int | float) or not math.isfinite(self.initial_scale):
@@ -225,13 +223,9 @@ class StepTable:
             detail = " ".join(str(error).split()) or f"{type(error).__name__} with {', '.join(arguments)}"
             raise InputError(f"{name}.set_timesteps refuses its arguments: {detail}") from None
         if not isinstance(begin, int | np.integer) or not 0 <= begin < len(run.timesteps):
-            raise InputError(
-                f"begin must be a whole number from 0 to {len(run.timesteps) - 1}, not {begin!r}"
-            )
+            raise InputError(f"begin must be a whole number from 0 to {len(run.timesteps) - 1}, not {begin!r}")
         if begin % (order := getattr(run, "order", 1)):
-            raise InputError(
-                f"begin must be a multiple of {order}, the model calls of a step of {name}, not {begin}"
-            )
+            raise InputError(f"begin must be a multiple of {order}, the model calls of a step of {name}, not {begin}")
         still = copy.deepcopy(run)
         traced = _trace(run, begin, step_arguments)
         signal, noise_level = _levels(still, begin, traced["estimate"])
@@ -333,9 +327,7 @@ def _trace(scheduler: Any, begin: int, step_arguments: dict[str, Any]) -> dict[s
                 detail = " ".join(str(error).split()) or type(error).__name__
                 raise InputError(f"{name} itself fails at step {i + 1} of {rows}: {detail}") from None
             if len(noises) > 1:
-                raise InputError(
-                    f"{name} draws {len(noises)} noises in one step; at most one can be compiled"
-                )
+                raise InputError(f"{name} draws {len(noises)} noises in one step; at most one can be compiled")
             draws[i] = len(noises)
             result = _float64(output.prev_sample)[0]
             if not np.isfinite(result).all():
@@ -414,11 +406,7 @@ def _tracing(draw: Callable[[], torch.Tensor]) -> AbstractContextManager[Any]:
             kwargs = kwargs or {}
             if func is torch.randn or func is torch.randn_like:
                 return draw()
-            if (
-                func is torch.Tensor.to
-                and args[0].ndim == 2
-                and any(v in lower for v in (*args, *kwargs.values())[1:])
-            ):
+            if func is torch.Tensor.to and args[0].ndim == 2 and any(v in lower for v in (*args, *kwargs.values())[1:]):
                 return args[0]
             return func(*args, **kwargs)
 
@@ -493,10 +481,7 @@ def _denoised(scheduler: Any, estimate: Float64, signal: Float64, noise_level: F
 
         state, prediction = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64, device="cpu")
         defined = np.concatenate(
-            [
-                _float64(scheduler.precondition_outputs(state, prediction, sigma))
-                for sigma in torch.tensor(noise_level)
-            ]
+            [_float64(scheduler.precondition_outputs(state, prediction, sigma)) for sigma in torch.tensor(noise_level)]
         )
     weights = np.where(np.isfinite(estimate).all(axis=1, keepdims=True), estimate, defined)
     if not np.isfinite(weights).all():
