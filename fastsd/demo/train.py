@@ -10,6 +10,7 @@ from `--seed`, but a resumed stage draws other batches than one that ran through
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from fastsd.demo import world
 
 HERE = Path(__file__).parent
-VAE_STEPS, TEXT_STEPS, UNET_STEPS = 7000, 500, 9000
+VAE_STEPS, TEXT_STEPS, UNET_STEPS = 7000, 500, 7500
 IMAGES = 24_000  # cached latents the UNet learns from
 BATCH = 64
 
@@ -63,9 +64,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
+    "timestep_spacing": "trailing",  # few steps start from pure noise (https://arxiv.org/abs/2305.08891, section 3.3)
 }
 
 
@@ -144,6 +143,14 @@ class Run:
                 parameter.copy_(average)
 
 
+def publish(module: Any, folder: Path) -> None:
+    """Write a component's folder whole, since a folder that is there says that its stage is done."""
+    temporary = folder.with_suffix(".tmp")
+    module.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
 def to_tensor(images: list[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
     """Pixels uint8 [height, width, 3] to float32 [batch, 3, height, width] in -1..1."""
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -186,7 +193,7 @@ def train_vae(args: argparse.Namespace) -> None:
         images = to_tensor([paint_crop(rng, world.PIXELS) for _ in range(256)], args.device)
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(32)])
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-    vae.half().save_pretrained(args.out / "vae")
+    publish(vae.half(), args.out / "vae")
 
 
 def make_tokenizer(folder: Path, rng: np.random.Generator) -> None:
@@ -258,7 +265,7 @@ def train_text(args: argparse.Namespace) -> None:
                 loss = loss + F.cross_entropy(heads[name](end).float(), labels)
         run.update(loss)
     run.finish()
-    encoder.save_pretrained(args.out / "text_encoder")  # float32 still: the UNet's stage trains it further
+    publish(encoder, args.out / "text_encoder")  # float32 still: the UNet's stage trains it further
 
 
 def cache_latents(args: argparse.Namespace) -> tuple[Tensor, list[world.Scene]]:
@@ -290,8 +297,7 @@ def vaguer(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
 
 def train_unet(args: argparse.Namespace) -> None:
     """Denoise the cached latents with v-prediction, text encoder and UNet together."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-    from diffusers import __version__ as diffusers_version
+    from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
 
@@ -299,11 +305,11 @@ def train_unet(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.out / "tokenizer")
     torch.manual_seed(args.seed)
     unet = UNet2DConditionModel(**UNET_CONFIG).to(args.device)
-    if args.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # the fused attention's backward takes half the step on a CPU
-    encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder").float().to(args.device)
-    scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
-    alphas = scheduler.alphas_cumprod.to(args.device)
+    # Plain attention in both: the fused one's backward takes half of a step on a CPU.
+    unet.set_attn_processor(AttnProcessor())
+    encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", attn_implementation="eager")
+    encoder = encoder.float().to(args.device)
+    alphas = DDPMScheduler(**SCHEDULER_CONFIG).alphas_cumprod.to(args.device)
     run = Run("unet", args, [unet, encoder], args.unet_steps, 1e-3)
     for _ in run.loop():
         chosen = run.rng.integers(len(scenes), size=BATCH)
@@ -320,16 +326,23 @@ def train_unet(args: argparse.Namespace) -> None:
             predicted = unet(signal * clean + level * noise, timesteps, states).sample
         run.update(F.mse_loss(predicted.float(), signal * noise - level * clean))
     run.finish()
-    encoder.half().save_pretrained(args.out / "text_encoder")
-    scheduler.save_pretrained(args.out / "scheduler")
-    unet.half().save_pretrained(args.out / "unet")
+    publish(encoder.half(), args.out / "text_encoder")
+    publish(unet.half(), args.out / "unet")
+
+
+def write_index(args: argparse.Namespace) -> None:
+    """The files that make the components a checkpoint: the scheduler, and which class reads which folder."""
+    from diffusers import DPMSolverMultistepScheduler, __version__
+
+    DPMSolverMultistepScheduler(**SCHEDULER_CONFIG).save_pretrained(args.out / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers_version,
+        "_diffusers_version": __version__,
+        "_fastsd": {"num_inference_steps": 20, "guidance_scale": 3.0},
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -358,6 +371,7 @@ def main() -> None:
         train_text(args)
     if not (args.out / "unet").exists():
         train_unet(args)
+    write_index(args)
 
 
 if __name__ == "__main__":
