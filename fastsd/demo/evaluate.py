@@ -10,12 +10,14 @@ colour pair × shape was kept out of training are reported apart.
 
 import argparse
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from fastsd.demo import world
@@ -125,6 +127,19 @@ def round_trip(pipe: Any, count: int, rng: np.random.Generator) -> float:
     return round(float(np.mean(values)), 2)
 
 
+def grid(captions: list[str], images: list[NDArray[np.uint8]], columns: int = 6) -> Image.Image:
+    """Images in rows, each above its caption."""
+    side, text, gap = world.PIXELS, 38, 6
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + text + gap) - gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for i, (caption, pixels) in enumerate(zip(captions, images, strict=True)):
+        x, y = i % columns * (side + gap), i // columns * (side + text + gap)
+        sheet.paste(Image.fromarray(pixels), (x, y))
+        draw.multiline_text((x, y + side + 1), "\n".join(textwrap.wrap(caption, 25)), "black", font, spacing=1)
+    return sheet
+
+
 def main() -> None:
     """Evaluate a checkpoint and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -135,6 +150,7 @@ def main() -> None:
     parser.add_argument("--scheduler", default="dpmpp_2m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--grid", type=Path, help="also write the first 24 held-out images, as they came, as a PNG")
     parser.add_argument("--out", type=Path, default=HERE / "evaluation.json")
     args = parser.parse_args()
 
@@ -152,11 +168,11 @@ def main() -> None:
     for name, unseen in (("seen", False), ("held_out", True)):
         rng = np.random.default_rng((args.seed, unseen))
         scenes = draw_scenes(args.count, unseen=unseen, rng=rng)
+        captions = [world.caption(scene, rng) for scene in scenes]
         images: list[NDArray[np.uint8]] = []
         for start in range(0, len(scenes), 20):
-            part = scenes[start : start + 20]
             result = pipe(
-                [world.caption(scene, rng) for scene in part],
+                captions[start : start + 20],
                 num_inference_steps=args.steps,
                 guidance_scale=guidance,
                 scheduler=args.scheduler,
@@ -165,6 +181,8 @@ def main() -> None:
             images += [np.asarray(one) for one in result.images]
         report[name] = score(scenes, images)
         print(name, report[name], flush=True)
+        if unseen and args.grid:
+            grid(captions[:24], images[:24]).save(args.grid, optimize=True)
     report["vae_psnr_db"] = round_trip(pipe, 200, np.random.default_rng(args.seed))
     args.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
