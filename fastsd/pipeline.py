@@ -99,7 +99,7 @@ class Pipeline:
         self.family = family
         self.components = components
         self.name = name
-        self.defaults: dict[str, Any] = {**family.DEFAULTS, **defaults}
+        self.defaults = defaults  # num_inference_steps and guidance_scale where a call leaves them out
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         weight = components.denoiser.conv_in.weight
         self.device: torch.device = weight.device
@@ -138,13 +138,16 @@ class Pipeline:
         family = families.family(index["_class_name"])
         components = family.load(folder, variant=variant, dtype=in_dtype, device=on)
         # A checkpoint may bring its own defaults, so that a few-step model is not run 50 steps.
-        return cls(family, components, name=str(model), defaults=index.get("_fastsd", {}))
+        defaults = {**family.DEFAULTS[index["_class_name"]], **index.get("_fastsd", {})}
+        return cls(family, components, name=str(model), defaults=defaults)
 
     @classmethod
     def from_diffusers(cls, pipeline: Any) -> Pipeline:
         """Adopt a `diffusers` pipeline: its weights are shared, its device and dtype stay."""
-        family = families.family(type(pipeline).__name__)
-        return cls(family, family.adopt(pipeline), name=pipeline.name_or_path or "diffusers", defaults={})
+        kind = type(pipeline).__name__
+        family = families.family(kind)
+        name = pipeline.name_or_path or "diffusers"
+        return cls(family, family.adopt(pipeline), name=name, defaults=family.DEFAULTS[kind])
 
     def __call__(
         self,

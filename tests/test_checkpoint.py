@@ -25,6 +25,7 @@ import transformers
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import load_file, save_file
 
@@ -64,17 +65,6 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The message of the InputError of `call`: one sentence on one line."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not message.endswith(".")
-    assert ": " in message  # what is wrong: what would be right
-    return message
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from refusals import refusal
 
 import fastsd
 from fastsd.errors import InputError, NumericError
@@ -42,17 +43,6 @@ def recipe(**changes: Any) -> Recipe:
 def picture(width: int = 16, height: int = 8) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The message of the InputError of `call`: one sentence on one line."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not message.endswith(".")
-    assert ": " in message  # what is wrong: what would be right
-    return message
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -125,6 +125,17 @@ def test_checkpoints_equal_diffusers(make_checkpoint: Make, kind: str, guidance:
     torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
 
 
+def test_equals_the_latent_consistency_pipeline(make_checkpoint: Make) -> None:
+    parts = load_reference(make_checkpoint(unet={"time_cond_proj_dim": 16})).components
+    parts["scheduler"] = diffusers.LCMScheduler.from_config(parts["scheduler"].config)
+    reference = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    expected = reference(PROMPT, generator=torch.Generator().manual_seed(2), output_type="latent").images
+    result = Pipeline.from_diffusers(reference)(PROMPT, seed=2, output_type="latent")
+    assert len(result.timings.steps) == 4
+    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+
+
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, theirs where they differ
     "guidance-rescale": ({"guidance_rescale": 0.7}, {}),
     "clip-skip-0": ({"clip_skip": 0}, {}),

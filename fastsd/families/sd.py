@@ -14,7 +14,11 @@ from fastsd import checkpoint
 from fastsd.denoisers.unet import Constants, UNet
 from fastsd.errors import InputError
 
-DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5}  # those of diffusers.StableDiffusionPipeline
+# By pipeline class, as in diffusers.
+DEFAULTS = {
+    "StableDiffusionPipeline": {"num_inference_steps": 50, "guidance_scale": 7.5},
+    "LatentConsistencyModelPipeline": {"num_inference_steps": 4, "guidance_scale": 8.5},
+}
 
 
 @dataclass(frozen=True)
