@@ -1,6 +1,7 @@
 """The whole pipeline against `diffusers.StableDiffusionPipeline` on tiny random checkpoints, and its own promises.
 
-Tolerances: 1e-4 on latents (up to 20 in size) is 200 float32 roundings, room for sums in another order over 8 steps;
+Tolerances: 1e-4 of the latents' deviation is some hundred float32 roundings, room for sums in another order (which the
+number of threads decides) over 8 steps; a trained model's latents have a deviation near 1, a random one's up to 22.
 1/255 on images is one level, which rounding to 8 bits turns any difference into.
 """
 
@@ -22,6 +23,10 @@ from fastsd.pipeline import Pipeline
 
 PROMPT, NEGATIVE = "the red cat", "a blurry thing"
 Make = Callable[..., Path]
+
+
+def assert_same_latents(result: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(result, expected, atol=1e-4 * max(1.0, float(expected.std())), rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def test_equals_diffusers(pipe: Pipeline, reference: Any, name: str, guidance: f
     expected = run_reference(reference, [3, 4], **arguments)
     result = pipe(PROMPT, scheduler=name, seed=3, num_images_per_prompt=2, output_type="latent", **arguments)
     assert result.seeds == [3, 4]
-    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result.images, expected)
     images = pipe(PROMPT, scheduler=name, seed=3, num_images_per_prompt=2, output_type="np", **arguments).images
     decoded = reference.vae.decode(expected / reference.vae.config.scaling_factor).sample
     pixels = reference.image_processor.postprocess(decoded.detach(), output_type="np")
@@ -122,7 +127,7 @@ def test_checkpoints_equal_diffusers(make_checkpoint: Make, kind: str, guidance:
     arguments = {"height": 72, "width": 64, "num_inference_steps": 6, "guidance_scale": guidance}
     expected = run_reference(load_reference(folder), [11], **arguments)
     result = Pipeline.from_pretrained(folder, dtype="float32")(PROMPT, seed=11, output_type="latent", **arguments)
-    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result.images, expected)
 
 
 def test_equals_the_latent_consistency_pipeline(make_checkpoint: Make) -> None:
@@ -133,7 +138,7 @@ def test_equals_the_latent_consistency_pipeline(make_checkpoint: Make) -> None:
     expected = reference(PROMPT, generator=torch.Generator().manual_seed(2), output_type="latent").images
     result = Pipeline.from_diffusers(reference)(PROMPT, seed=2, output_type="latent")
     assert len(result.timings.steps) == 4
-    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result.images, expected)
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, theirs where they differ
@@ -163,7 +168,7 @@ def test_arguments_mean_what_they_mean_in_diffusers(pipe: Pipeline, reference: A
         reference.scheduler = getattr(diffusers, cls).from_config(reference.scheduler.config)
     expected = run_reference(reference, [9], **theirs)
     result = pipe(PROMPT, seed=9, output_type="latent", **(common | ours))
-    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result.images, expected)
 
 
 @pytest.mark.usefixtures("restore_scheduler")
@@ -180,14 +185,14 @@ def test_one_generator_draws_for_the_whole_batch(pipe: Pipeline, reference: Any,
     expected = reference(PROMPT, generator=torch.Generator().manual_seed(1), output_type="latent", **arguments).images
     result = pipe(PROMPT, generator=torch.Generator().manual_seed(1), scheduler=name, output_type="latent", **arguments)
     assert result.seeds == [None, None]
-    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result.images, expected)
 
 
 def test_generators_one_per_image_continue(pipe: Pipeline) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     first = pipe([PROMPT, "x"], generator=generators, num_inference_steps=2, output_type="latent").images
     seeded = pipe([PROMPT, "x"], seed=[3, 4], num_inference_steps=2, output_type="latent").images
-    torch.testing.assert_close(first, seeded, atol=1e-4, rtol=0)
+    assert_same_latents(first, seeded)
     again = pipe([PROMPT, "x"], generator=generators, num_inference_steps=2, output_type="latent").images
     assert not torch.allclose(first, again)
 
@@ -199,7 +204,7 @@ def test_latents_are_scaled_as_in_diffusers(pipe: Pipeline, reference: Any) -> N
     before = latents.clone()
     expected = reference(PROMPT, latents=latents.clone(), num_inference_steps=4, output_type="latent").images
     result = pipe(PROMPT, latents=latents, num_inference_steps=4, scheduler="euler", output_type="latent")
-    torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result.images, expected)
     assert torch.equal(latents, before)
 
 
@@ -224,7 +229,7 @@ def test_adopts_a_diffusers_pipeline_without_copying(reference: Any, pipe: Pipel
     }
     assert adopted.components.vae is reference.vae
     arguments: dict[str, Any] = {"seed": 5, "num_inference_steps": 3, "output_type": "latent"}
-    torch.testing.assert_close(adopted(PROMPT, **arguments).images, pipe(PROMPT, **arguments).images, atol=1e-4, rtol=0)
+    assert_same_latents(adopted(PROMPT, **arguments).images, pipe(PROMPT, **arguments).images)
 
 
 # Images of one batch may differ in everything but their size.
@@ -366,7 +371,7 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe: Pipeline, reference: Any) -> 
         cut = pipe(LONG, seed=1, num_inference_steps=2, output_type="latent").images
     generator = torch.Generator().manual_seed(1)
     expected = reference(LONG, generator=generator, num_inference_steps=2, output_type="latent").images
-    torch.testing.assert_close(cut, expected, atol=1e-4, rtol=0)
+    assert_same_latents(cut, expected)
 
 
 def test_long_prompts_go_on_in_windows(pipe: Pipeline) -> None:
@@ -383,7 +388,7 @@ def test_long_prompts_go_on_in_windows(pipe: Pipeline) -> None:
         warnings.simplefilter("error")
         result = pipe(LONG, long_prompt="windows", **arguments).images
     expected = pipe(prompt_embeds=embeds, negative_prompt_embeds=torch.cat([blank, blank], 1), **arguments).images
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    assert_same_latents(result, expected)
 
 
 @pytest.mark.parametrize(
