@@ -43,7 +43,7 @@ def load(folder: Path, *, variant: str | None, dtype: torch.dtype, device: torch
 
     def weights(module: Any, component: str) -> Any:
         checkpoint.load_weights(module, folder, component, dtype, device, variant)
-        return module.eval().requires_grad_(False)
+        return module
 
     scheduler = checkpoint.read_config(folder, "scheduler", "scheduler_config.json")
     configs = {name: checkpoint.read_config(folder, name) for name in ("text_encoder", "unet", "vae")}
