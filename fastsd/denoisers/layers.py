@@ -1,5 +1,7 @@
 """The layers of the UNet: sinusoidal embeddings, residual blocks, spatial transformers, resampling.
 
+The transformers of SD3 and Flux share the embeddings and the perceptron; their own layers are in `transformer.py`.
+
 Parameter names are those of `diffusers`, so that its checkpoints load without renaming.
 Shapes: B batch, C channels, H and W latent height and width, L tokens, M packed modulation columns,
 K packed key/value columns.
@@ -129,12 +131,24 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU perceptron with four times the width; index 1 of `net` was a dropout at training time."""
+class GELU(nn.Module):
+    """GELU in its tanh form (Hendrycks & Gimpel 2016)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.proj = nn.Linear(dim, inner_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., inner_dim]."""
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Perceptron with four times the width; index 1 of `net` was a dropout at training time."""
+
+    def __init__(self, dim: int, activation: type[GEGLU] | type[GELU] = GEGLU) -> None:
+        super().__init__()
+        self.net = nn.Sequential(activation(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""

@@ -129,6 +129,13 @@ class UNet(nn.Module):
             start, end = end, end + 2 * attention.to_k.out_features
             attention.columns = slice(start, end)
 
+    def prepare_only(self) -> list[str]:
+        """Names of the submodules that `forward` never reads: after `prepare` their memory can be released."""
+        times = [name for name, _ in self.named_children() if name in ("time_embedding", "add_embedding")]
+        shifts = [f"{name}.time_emb_proj" for name, module in self.named_modules() if isinstance(module, ResnetBlock)]
+        attentions = [name for name, m in self.named_modules() if isinstance(m, Attention) and m.is_cross]
+        return [*times, *shifts, *(f"{name}.{part}" for name in attentions for part in ("to_k", "to_v"))]
+
     def prepare(
         self,
         timesteps: Tensor,

@@ -1,0 +1,264 @@
+"""The transformer of Flux.1 (Black Forest Labs 2024).
+
+    modulation, *rest = transformer.prepare(timesteps, context, pooled, height=128, width=128)    # once per image
+    for i in range(steps):
+        prediction = transformer(latents, modulation[i], *rest)
+
+Parameter names and shapes are those of `diffusers.FluxTransformer2DModel`, but latents are [B, C, H, W] as in all
+families: patches are taken apart and put together here.
+Shapes: B batch, C latent channels, H and W latent height and width, D width of the tokens, L text and image tokens
+together, M packed modulation columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsd.denoisers.transformer import (
+    Constants,
+    JointBlock,
+    Modulation,
+    Places,
+    SelfAttention,
+    TimeTextEmbedding,
+    add,
+    assign_columns,
+    check_conditioning,
+    check_size,
+    layer_norm,
+    modulate,
+    modulation_rows,
+    patches,
+    prepare_only,
+    read_config,
+    refusal,
+)
+from fastsd.errors import InputError
+
+PATCH = 2  # latents per token and side
+
+
+class FluxTransformer(nn.Module):
+    """Predict the velocity in latents, given rows of `Constants`.
+
+    Over a quarter of the parameters serves only `prepare`: the timestep, guidance and text embeddings and the modulations
+    of all blocks, listed by `prepare_only`.
+
+    Args:
+        config: the keys of a diffusers `transformer/config.json`; absent ones have diffusers' defaults.
+
+    Raises:
+        InputError: the configuration asks for something that is not implemented here, or contradicts itself.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = c = FluxConfig.from_diffusers(config)
+        dim, heads = c.inner_dim, c.num_attention_heads
+        self.time_text_embed = TimeTextEmbedding(dim, c.pooled_projection_dim, c.guidance_embeds)
+        self.context_embedder = nn.Linear(c.joint_attention_dim, dim)
+        self.x_embedder = nn.Linear(c.in_channels, dim)
+        self.transformer_blocks = nn.ModuleList(JointBlock(dim, heads, qk_norm=True) for _ in range(c.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(dim, heads) for _ in range(c.num_single_layers))
+        self.norm_out = Modulation(dim, 2)
+        self.proj_out = nn.Linear(dim, c.out_channels)
+        self._modulations = assign_columns(self)
+
+    def prepare_only(self) -> list[str]:
+        """Names of the submodules that `forward` never reads: after `prepare` their memory can be released."""
+        return prepare_only(self)
+
+    def prepare(
+        self,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        *,
+        height: int,
+        width: int,
+        guidance_scale: Tensor | None = None,
+    ) -> Constants:
+        """Compute once per image what no step changes.
+
+        Args:
+            timesteps: [steps, B], any real dtype, in training timesteps (0 to 1000, may be fractional).
+            context: [B, text tokens, joint_attention_dim], hidden states of T5.
+            pooled: [B, pooled_projection_dim], pooled text of CLIP.
+            height: of the latents, even.
+            width: of the latents, even.
+            guidance_scale: [B], read by models with `guidance_embeds` only, which need it.
+
+        Raises:
+            InputError: a shape does not fit, or the guidance scale is missing.
+        """
+        c = self.config
+        check_conditioning(timesteps, context, pooled, c.joint_attention_dim, c.pooled_projection_dim)
+        check_size(height, width, PATCH)
+        guidance = None
+        if c.guidance_embeds:
+            if guidance_scale is None or guidance_scale.shape != timesteps.shape[1:]:
+                given = None if guidance_scale is None else list(guidance_scale.shape)
+                raise InputError(
+                    f"guidance_scale is {given}; this model embeds it, so it must be [{timesteps.shape[1]}]."
+                )
+            guidance = guidance_scale.float() * 1000
+
+        def embed(rows: Tensor) -> Tensor:
+            # diffusers' pipeline divides and its model multiplies again, which is not always the same timestep.
+            return self.time_text_embed(rows.float() / 1000 * 1000, pooled, guidance)
+
+        return Constants(
+            modulation_rows(self._modulations, embed, timesteps),
+            self.context_embedder(context.to(self.proj_out.weight.dtype)),
+            rotary_table(c.axes_dims_rope, context.shape[1], height // PATCH, width // PATCH, context.device),
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        modulation: Tensor,
+        context: Tensor,
+        position: Tensor,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        controlnet_single_block_samples: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict, for one step; pure, with no host synchronisation, so it can be captured and exported.
+
+        Args:
+            latents: [B, in_channels / 4, H, W], of the size given to `prepare`.
+            modulation: [B, M], one step's row of `Constants.modulation`.
+            context: [B, text tokens, D], `Constants.context`.
+            position: [2, L, head dim / 2], `Constants.position`.
+            controlnet_block_samples: ControlNet's additions to the image tokens [B, image tokens, D] after the blocks
+                of both kinds of tokens, each for an equal share of the blocks.
+            controlnet_single_block_samples: likewise after the single blocks.
+
+        Returns:
+            The prediction, [B, out_channels / 4, H, W].
+        """
+        tokens = context.shape[1]
+        places = Places(slice(tokens, None), slice(tokens))
+        x = torch.cat([context, self.x_embedder(patches(latents, PATCH))], dim=1)  # the blocks update it in place
+        for i, block in enumerate(self.transformer_blocks):
+            block(x, modulation, places, position)
+            if controlnet_block_samples:
+                interval = ceil(len(self.transformer_blocks) / len(controlnet_block_samples))
+                x[:, places.image] += controlnet_block_samples[i // interval]
+        for i, block in enumerate(self.single_transformer_blocks):
+            block(x, modulation, position)
+            if controlnet_single_block_samples:
+                interval = ceil(len(self.single_transformer_blocks) / len(controlnet_single_block_samples))
+                x[:, places.image] += controlnet_single_block_samples[i // interval]
+
+        scale, shift = self.norm_out(modulation)
+        x = self.proj_out(modulate(layer_norm(x)[:, places.image], shift, scale))
+        # The numbers of a patch are in the order channel, row, column.
+        x = x.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (-1, latents.shape[3] // PATCH))
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class SingleBlock(nn.Module):
+    """Attention and perceptron side by side, over all tokens alike (`diffusers` `FluxSingleTransformerBlock`)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm = Modulation(dim, 3)
+        self.attn = SelfAttention(dim, heads, qk_norm=True, out=False)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.proj_out = nn.Linear(5 * dim, dim)
+
+    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> None:
+        """Update the tokens [B, L, D] in place."""
+        dim = x.shape[2]
+        shift, scale, gate = self.norm(modulation)
+        normed = modulate(layer_norm(x), shift, scale)
+        both = x.new_empty(*x.shape[:2], 5 * dim)
+        both[..., :dim] = self.attn(normed, rotary)
+        both[..., dim:] = F.gelu(self.proj_mlp(normed), approximate="tanh")
+        add(x, gate, self.proj_out(both))
+
+
+def rotary_table(
+    axes: Sequence[int], text_tokens: int, rows: int, columns: int, device: torch.device | None = None
+) -> Tensor:
+    """Cosines and sines of the angles of all tokens, [2, text_tokens + rows * columns, sum(axes) / 2] in float32.
+
+    Text lies at the origin, an image token at (0, row, column). Computed in float64 as `diffusers` `FluxPosEmbed` does.
+    """
+    positions = torch.zeros(text_tokens + rows * columns, 3, dtype=torch.float64, device=device)
+    grid = positions[text_tokens:].unflatten(0, (rows, columns))
+    grid[..., 1] = torch.arange(rows, device=device)[:, None]
+    grid[..., 2] = torch.arange(columns, device=device)
+    angles = []
+    for position, dim in zip(positions.unbind(1), axes, strict=True):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+        angles.append(torch.outer(position, 1.0 / 10000.0**exponents))
+    angle = torch.cat(angles, dim=1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+_DEFAULTS: dict[str, Any] = {  # those of diffusers.FluxTransformer2DModel
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": None,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The keys of `diffusers.FluxTransformer2DModel`, checked; channels are those of packed 2 x 2 latents."""
+
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    num_layers: int
+    num_single_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    pooled_projection_dim: int
+    guidance_embeds: bool
+    axes_dims_rope: tuple[int, int, int]
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the tokens."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> FluxConfig:
+        """Check the keys of a diffusers `transformer/config.json`; absent ones have its defaults.
+
+        Raises:
+            InputError: names the key whose value is not implemented, malformed or contradicts another's.
+        """
+        raw = read_config("Flux", config, _DEFAULTS)
+        if raw["out_channels"] is None:
+            raw["out_channels"] = raw["in_channels"]
+        for key in ("in_channels", "out_channels"):
+            if type(raw[key]) is not int or raw[key] < 1 or raw[key] % PATCH**2:
+                raise refusal("Flux", key, raw[key], f"a positive multiple of {PATCH**2}, the latents of a patch")
+        if raw["patch_size"] != 1:
+            raise refusal("Flux", "patch_size", raw["patch_size"], "1")
+        if type(raw["guidance_embeds"]) is not bool:
+            raise refusal("Flux", "guidance_embeds", raw["guidance_embeds"], "true or false")
+        axes, head_dim = raw["axes_dims_rope"], raw["attention_head_dim"]
+        listed = isinstance(axes, list | tuple) and len(axes) == 3 and all(type(dim) is int for dim in axes)
+        if not listed or any(dim < 2 or dim % 2 for dim in axes) or sum(axes) != head_dim:
+            raise refusal("Flux", "axes_dims_rope", axes, f"three even numbers with the sum {head_dim}")
+        return cls(**{**raw, "axes_dims_rope": tuple(axes)})

@@ -1,0 +1,338 @@
+"""What the multimodal transformers of SD3 and Flux share (Esser et al. 2024).
+
+Parameter names are those of `diffusers`, so that its checkpoints load without renaming.
+Shapes: B batch, C latent channels, H and W latent height and width, D width of the tokens, L image and text tokens
+together, M packed modulation columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsd.denoisers.layers import GELU, FeedForward, TimestepEmbedding, timestep_embedding
+from fastsd.errors import InputError
+
+ROWS = 64  # rows that `modulation_rows` computes at a time
+EPS = 1e-6  # of all norms in both families
+
+
+class Constants(NamedTuple):
+    """All that a transformer needs besides the latents, in the dtype of the weights (a rotary table: float32)."""
+
+    modulation: Tensor  # [steps, B, M], the vectors of all `Modulation`s
+    context: Tensor  # [B, text tokens, D], the embedded text
+    position: Tensor  # SD3: embedding [1, image tokens, D]; Flux: cosines and sines [2, L, head dim / 2]
+
+
+class Places(NamedTuple):
+    """Where each kind of token lies in a tensor [B, L, ...]."""
+
+    image: slice
+    text: slice
+
+
+class Modulation(nn.Module):
+    """The vectors that shift, scale and gate the tokens of a block (adaLN-Zero, Peebles & Xie 2023).
+
+    They depend on the timestep and the pooled text only, so `linear` serves only `prepare`, and `columns`, assigned by
+    `assign_columns`, says where its result lies in the packed modulation. Sources, by the number of vectors: `diffusers`
+    `AdaLayerNormContinuous` (2: scale, shift), `AdaLayerNormZeroSingle` (3: shift, scale, gate), `AdaLayerNormZero` (6)
+    and `SD35AdaLayerNormZeroX` (9).
+    """
+
+    columns: slice
+
+    def __init__(self, dim: int, vectors: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, vectors * dim)
+        self.vectors = vectors
+        self.scales = slice(0, 1) if vectors == 2 else slice(1, None, 3)
+
+    def rows(self, embedding: Tensor) -> Tensor:
+        """[..., D] -> [..., vectors * D], every scale with its 1 added, so that no step has to."""
+        vectors = self.linear(embedding).unflatten(-1, (self.vectors, -1))
+        vectors[..., self.scales, :] += 1
+        return vectors.flatten(-2)
+
+    def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """[B, M] -> `vectors` times [B, 1, D]."""
+        return modulation[:, None, self.columns].chunk(self.vectors, dim=-1)
+
+
+def assign_columns(model: nn.Module) -> list[Modulation]:
+    """Give each `Modulation` of the model its place in the packed rows; returns them in order."""
+    modulations = [module for module in model.modules() if isinstance(module, Modulation)]
+    end = 0
+    for modulation in modulations:
+        start, end = end, end + modulation.linear.out_features
+        modulation.columns = slice(start, end)
+    return modulations
+
+
+def modulation_rows(
+    modulations: Sequence[Modulation], embed: Callable[[Tensor], Tensor], timesteps: Tensor
+) -> Tensor:
+    """All vectors of all steps, packed: [steps, B] -> [steps, B, M]; `embed` gives [rows, B] -> [rows, B, D].
+
+    Rows are computed in chunks of `ROWS`, the last one padded, since matrix products of different shapes may sum in
+    different orders: so a row has the same bits in a run of 4 steps and in one of 50.
+    """
+    steps, batch = timesteps.shape
+    padded = torch.cat([timesteps, timesteps[-1:].expand(-steps % ROWS, -1)])
+    weight = modulations[0].linear.weight
+    packed = torch.empty(steps, batch, modulations[-1].columns.stop, dtype=weight.dtype, device=weight.device)
+    for chunk, out in zip(padded.split(ROWS), packed.split(ROWS), strict=True):
+        embedding = F.silu(embed(chunk))
+        for modulation in modulations:
+            out[..., modulation.columns] = modulation.rows(embedding)[: len(out)]
+    return packed
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """[B, L, D] scaled (1 is in the scale) and shifted by [B, 1, D] each."""
+    return torch.addcmul(shift, x, scale)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer norm over the last dimension, without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def add(x: Tensor, gate: Tensor, update: Tensor) -> None:
+    """Add `update` [B, L, D], gated by [B, 1, D], to the tokens in place.
+
+    In float16 the sum saturates, as in `diffusers` `FluxTransformerBlock`: one Inf would make the whole image NaN.
+    """
+    x.addcmul_(gate, update)
+    if x.dtype == torch.float16:
+        x.clamp_(-65504, 65504)
+
+
+def patches(latents: Tensor, size: int) -> Tensor:
+    """[B, C, H, W] -> [B, H/size * W/size, C * size * size], a patch's numbers in the order channel, row, column."""
+    x = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, C, H/size, size, W/size, size]
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class TimeTextEmbedding(nn.Module):
+    """Timestep, pooled text and, where the model is distilled for it, guidance scale as one vector.
+
+    Source: `diffusers` `CombinedTimestepTextProjEmbeddings`, `CombinedTimestepGuidanceTextProjEmbeddings`.
+    """
+
+    def __init__(self, dim: int, pooled_dim: int, guidance: bool = False) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(256, dim)
+        if guidance:
+            self.guidance_embedder = TimestepEmbedding(256, dim)
+        self.text_embedder = TimestepEmbedding(pooled_dim, dim)
+
+    def forward(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """[rows, B], [B, pooled_dim], guidance in thousandths [B] -> [rows, B, D]."""
+        dtype = self.text_embedder.linear_1.weight.dtype
+
+        def sinusoids(values: Tensor) -> Tensor:
+            return timestep_embedding(values, 256, flip_sin_to_cos=True, freq_shift=0).to(dtype)
+
+        embedding: Tensor = self.timestep_embedder(sinusoids(timesteps))
+        if guidance is not None:
+            embedding = embedding + self.guidance_embedder(sinusoids(guidance))
+        return embedding + self.text_embedder(pooled.to(dtype))
+
+
+def rotate(x: Tensor, rotary: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotate neighbouring pairs of [B, L, heads, head dim] by [2, L, head dim / 2] (Su et al. 2021), into `out`.
+
+    Computed in float32, the dtype of the table, and rounded once.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    cos, sin = rotary.unsqueeze(2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = odd * cos + even * sin
+    return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of [B, L, heads, head dim] each -> [B, L, D]."""
+    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention over one kind of tokens; `out=False` leaves the output projection to the block."""
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, out: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = self.norms(dim, qk_norm)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)] if out else [])
+
+    def norms(self, dim: int, qk_norm: bool) -> list[nn.Module]:
+        """What normalises each head of the queries and of the keys."""
+        return [nn.RMSNorm(dim // self.heads, eps=EPS) if qk_norm else nn.Identity() for _ in range(2)]
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, heads, head dim]."""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        q, k, v = (self.split(projection(x)) for projection in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        x = attend(q, k, v)
+        for projection in self.to_out:
+            x = projection(x)
+        return x
+
+
+class JointAttention(SelfAttention):
+    """Attention over image and text together, each kind with its own projections and norms.
+
+    Source: `diffusers` `JointAttnProcessor2_0` and `FluxAttnProcessor`. Without `text_out` the text is only read.
+    """
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, text_out: bool = True) -> None:
+        super().__init__(dim, heads, qk_norm)
+        self.add_q_proj = nn.Linear(dim, dim)
+        self.add_k_proj = nn.Linear(dim, dim)
+        self.add_v_proj = nn.Linear(dim, dim)
+        self.norm_added_q, self.norm_added_k = self.norms(dim, qk_norm)
+        self.to_add_out = nn.Linear(dim, dim) if text_out else None
+
+    def joint(
+        self, image: Tensor, text: Tensor, places: Places, rotary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Image [B, image tokens, D] and text [B, text tokens, D] -> the same."""
+        batch, tokens, _ = image.shape
+        shape = (batch, tokens + text.shape[1], self.heads, image.shape[2] // self.heads)
+        q, k, v = (image.new_empty(shape) for _ in range(3))
+        for place, x, to_q, to_k, to_v, norm_q, norm_k in (
+            (places.image, image, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k),
+            (places.text, text, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k),
+        ):
+            for out, heads in ((q, norm_q(self.split(to_q(x)))), (k, norm_k(self.split(to_k(x))))):
+                if rotary is None:
+                    out[:, place] = heads
+                else:
+                    rotate(heads, rotary[:, place], out[:, place])
+            v[:, place] = self.split(to_v(x))
+        x = attend(q, k, v)
+        return self.to_out[0](x[:, places.image]), self.to_add_out(x[:, places.text]) if self.to_add_out else None
+
+
+class JointBlock(nn.Module):
+    """One layer over image and text (`diffusers` `JointTransformerBlock`, `FluxTransformerBlock`).
+
+    Args:
+        dim: D.
+        heads: of all attentions.
+        qk_norm: normalise queries and keys (RMS).
+        dual: a second attention, over the image alone (SD3.5-Medium).
+        last: the text is read for the last time, so nothing is computed for its own sake.
+    """
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, dual: bool = False, last: bool = False) -> None:
+        super().__init__()
+        self.norm1 = Modulation(dim, 9 if dual else 6)
+        self.norm1_context = Modulation(dim, 2 if last else 6)
+        self.attn = JointAttention(dim, heads, qk_norm, text_out=not last)
+        self.attn2 = SelfAttention(dim, heads, qk_norm) if dual else None
+        self.ff = FeedForward(dim, GELU)
+        self.ff_context = None if last else FeedForward(dim, GELU)
+
+    def forward(self, x: Tensor, modulation: Tensor, places: Places, rotary: Tensor | None = None) -> None:
+        """Update the tokens [B, L, D] in place.
+
+        Both kinds are normalised in one call: a slice of a batch is no contiguous tensor, which layer norm would copy.
+        """
+        image, text = x[:, places.image], x[:, places.text]
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(modulation)
+        normed = layer_norm(x)
+        normed_image = normed[:, places.image]
+        if self.ff_context is None:
+            scale_text, shift_text = self.norm1_context(modulation)
+        else:
+            shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = self.norm1_context(modulation)
+
+        to_image, to_text = self.attn.joint(
+            modulate(normed_image, shift, scale), modulate(normed[:, places.text], shift_text, scale_text), places, rotary
+        )
+        add(image, gate, to_image)
+        if self.attn2 is not None:
+            shift, scale, gate = dual
+            add(image, gate, self.attn2(modulate(normed_image, shift, scale)))
+        if to_text is not None:
+            add(text, gate_text, to_text)
+
+        normed = layer_norm(x)
+        add(image, gate_ff, self.ff(modulate(normed[:, places.image], shift_ff, scale_ff)))
+        if self.ff_context is not None:
+            add(text, gate_text_ff, self.ff_context(modulate(normed[:, places.text], shift_text_ff, scale_text_ff)))
+
+
+def prepare_only(model: nn.Module) -> list[str]:
+    """Names of the submodules that `forward` never reads."""
+    modulations = [name for name, module in model.named_modules() if isinstance(module, Modulation)]
+    return ["time_text_embed", "context_embedder", *modulations]
+
+
+def check_conditioning(
+    timesteps: Tensor, context: Tensor, pooled: Tensor, context_dim: int, pooled_dim: int
+) -> None:
+    """Refuse conditioning that does not fit; shapes only, so nothing waits for the device.
+
+    Raises:
+        InputError: a shape does not fit.
+    """
+    if context.ndim != 3 or 0 in context.shape or context.shape[2] != context_dim:
+        raise InputError(f"context is {list(context.shape)}; it must be [batch, tokens, {context_dim}].")
+    batch = context.shape[0]
+    if timesteps.ndim != 2 or timesteps.shape[1] != batch or timesteps.shape[0] == 0:
+        raise InputError(f"timesteps is {list(timesteps.shape)}; it must be [steps, {batch}].")
+    if pooled.shape != (batch, pooled_dim):
+        raise InputError(f"pooled is {list(pooled.shape)}; it must be [{batch}, {pooled_dim}].")
+
+
+def check_size(height: int, width: int, multiple: int, most: int | None = None) -> None:
+    """Refuse latents of a size that cannot be cut into patches.
+
+    Raises:
+        InputError: names the size, and what it must be a multiple of or must not exceed.
+    """
+    for size in (height, width):
+        if type(size) is not int or size < multiple or size % multiple or (most is not None and size > most):
+            limit = "" if most is None else f" up to {most}"
+            raise InputError(f"The latents are {height} x {width}; both must be positive multiples of {multiple}{limit}.")
+
+
+def read_config(model: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a diffusers `transformer/config.json` over its defaults; what defaults to an integer must be one.
+
+    Raises:
+        InputError: names the key that is unknown, or whose value is no positive integer.
+    """
+    for key, value in config.items():
+        if key not in defaults and key[:1] != "_" and value is not None:
+            raise InputError(f"The {model} configuration has {key} = {value!r}, which is not supported.")
+    raw = {key: config.get(key, default) for key, default in defaults.items()}
+    for key, default in defaults.items():
+        if type(default) is int and (type(raw[key]) is not int or raw[key] < 1):
+            raise refusal(model, key, raw[key], "an integer of at least 1")
+    return raw
+
+
+def refusal(model: str, key: str, value: object, right: str) -> InputError:
+    """The error about one key of a configuration."""
+    return InputError(f"The {model} configuration has {key} = {value!r}; it must be {right}.")
