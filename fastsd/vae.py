@@ -21,7 +21,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        latents = (latents / vae.config.scaling_factor).to(vae.dtype)
+        latents = (latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)
         images = [vae.decode(one, return_dict=False)[0].float() for one in latents.split(1)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
@@ -33,5 +33,10 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     with torch.inference_mode():
         pixels = (pixels * 2 - 1).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
         latents = [vae.encode(one, return_dict=False)[0].mode().float() for one in pixels.split(1)]
-        scaled: Tensor = torch.cat(latents) * vae.config.scaling_factor
+        scaled: Tensor = (torch.cat(latents) - _shift(vae)) * vae.config.scaling_factor
         return scaled
+
+
+def _shift(vae: Any) -> float:
+    """The mean of the latents; SD3 and Flux have one."""
+    return float(vae.config.shift_factor or 0.0)

@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 
 from fastsd import checkpoint
 from fastsd.checkpoint import (
-    PRESETS,
     load_state_dict,
     load_weights,
     read_config,
@@ -40,6 +39,7 @@ from fastsd.checkpoint import (
     weight_files,
 )
 from fastsd.errors import InputError
+from fastsd.presets import PRESETS
 
 STEM = "diffusion_pytorch_model"
 TENSORS = save_numpy({"weight": np.arange(6, dtype=np.float32).reshape(2, 3)})
@@ -274,7 +274,7 @@ def test_download_fetches_what_a_run_needs(case: str, hub: Hub) -> None:
 
 
 def test_download_forms_of_a_name(hub: Hub) -> None:
-    hub.repos = {"org/name": SD15, PRESETS["sdxl-turbo"] or "": SD15}
+    hub.repos = {"org/name": SD15, PRESETS["sdxl-turbo"].hub or "": SD15}
     first = resolve("org/name")
     assert resolve("org/name@main") == resolve("org/name@v1") == first
     assert resolve("org/name", revision="v1") == resolve("org/name@v1", revision="v1") == first
@@ -448,8 +448,8 @@ def test_unreachable_hub_in_a_real_process(offline: bool, tmp_path: Path) -> Non
 def test_presets_are_those_of_the_contract() -> None:
     names = "demo sd15 sd21 sdxl sdxl-turbo sd3-medium sd35-medium sd35-large flux-schnell flux-dev"
     assert list(PRESETS) == names.split()
-    for name, repo in PRESETS.items():
-        assert repo is None if name == "demo" else repo is not None and repo.count("/") == 1
+    for name, preset in PRESETS.items():
+        assert preset.hub is None if name == "demo" else preset.hub is not None and preset.hub.count("/") == 1
 
 
 def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

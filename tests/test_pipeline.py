@@ -374,8 +374,8 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe: Pipeline, reference: Any) -> 
     assert_same_latents(cut, expected)
 
 
-def test_long_prompts_go_on_in_windows(pipe: Pipeline) -> None:
-    tokenizer, encoder = pipe.components.tokenizer, pipe.components.text_encoder
+def test_long_prompts_go_on_in_windows(pipe: Pipeline, reference: Any) -> None:
+    tokenizer, encoder = reference.tokenizer, reference.text_encoder
     ids = tokenizer(LONG, add_special_tokens=False, verbose=False).input_ids
     assert 75 < len(ids) <= 150
     frames = [[tokenizer.bos_token_id, *ids[i : i + 75], tokenizer.eos_token_id] for i in (0, 75)]
@@ -398,7 +398,7 @@ def test_long_prompts_go_on_in_windows(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_name_their_component(tiny: Path, component: str, named: str, value: float) -> None:
     broken = Pipeline.from_pretrained(tiny, dtype="float32")
-    module = getattr(broken.components, component)
+    module = broken.components.text_encoders[0] if component == "text_encoder" else getattr(broken.components, component)
     list(module.parameters())[-1].data = torch.full_like(list(module.parameters())[-1], value)
     with pytest.raises(fastsd.NumericError, match=f"{named} produced NaN or Inf"):
         broken(PROMPT, num_inference_steps=2)

@@ -13,22 +13,27 @@ from typing import Annotated, Any
 
 import typer
 
-from fastsd import image
+from fastsd import image, lora
 from fastsd.errors import InputError
 
 
 def generate(
     words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One or several prompts.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Preset, folder or hub id.")] = "demo",
+    model: Annotated[str, typer.Option("--model", "-m", help="Preset, folder, hub id or .safetensors file.")] = "demo",
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", "-n", help="What to steer away from.")
     ] = None,
-    width: Annotated[int | None, typer.Option("--width", "-W", help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option("--height", "-H", help="Pixels, a multiple of 8.")] = None,
+    width: Annotated[int | None, typer.Option("--width", "-W", help="Pixels, a multiple of 8 (SD3, Flux: 16).")] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", "-H", help="Pixels, a multiple of 8 (SD3, Flux: 16).")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 or less: no guidance.")
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option("--true-cfg-scale", help="Flux: guidance with the negative prompt.")
     ] = None,
     guidance_rescale: Annotated[float, typer.Option("--guidance-rescale", help="0 to 1.")] = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", "-s", help="Image i has seed + i; random if left out.")] = None,
@@ -36,6 +41,9 @@ def generate(
     scheduler: Annotated[str | None, typer.Option("--scheduler", help="Short name or diffusers class.")] = None,
     eta: Annotated[float, typer.Option("--eta", help="DDIM's noise, 0 to 1.")] = 0.0,
     clip_skip: Annotated[int | None, typer.Option("--clip-skip", help="Text encoder layers to skip.")] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option("--max-sequence-length", help="Tokens of T5 (SD3, Flux), at most 512.")
+    ] = None,
     long_prompt: Annotated[str, typer.Option("--long-prompt", help="cut | windows: prompts over 77 tokens.")] = "cut",
     output: Annotated[str, typer.Option("--output", "-o", help="A .png, or a folder for numbered files.")] = "out.png",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
@@ -45,6 +53,18 @@ def generate(
     device: Annotated[str, typer.Option("--device", help="auto | cpu | cuda")] = "auto",
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")] = None,
     variant: Annotated[str | None, typer.Option("--variant", help="Weight files to take, such as fp16.")] = None,
+    weights: Annotated[
+        str, typer.Option("--weights", help="checkpoint | random: a preset's size without its download.")
+    ] = "checkpoint",
+    config: Annotated[
+        str | None, typer.Option("--config", help="For a .safetensors file: folder or hub id with its tokenizers.")
+    ] = None,
+    loras: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="PATH[:WEIGHT]", help="A LoRA; may be repeated.")
+    ] = None,
+    release_prepare: Annotated[
+        bool, typer.Option("--release-prepare", help="Keep weights read once per image in host memory.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Make images from prompts."""
@@ -54,17 +74,27 @@ def generate(
     if num_images < 1:
         raise InputError(f"--num-images must be 1 or more, not {num_images}")
     # Before any work: torch takes seconds to import.
+    adapters = [lora.parse(one) for one in loras or []]
     paths = image.output_paths(output, len(prompts) * num_images)
     for path in paths:
         image.check_output(path, overwrite)
+    single = model.lower().endswith(".safetensors")
+    if single and (revision or variant or weights != "checkpoint"):
+        raise InputError(f"{model!r} is a file: --revision, --variant and --weights are for checkpoints of other kinds")
+    if config is not None and not single:
+        raise InputError(f"--config is for a .safetensors file, and {model!r} is none: leave it out")
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import fastsd
 
-    pipe = fastsd.Pipeline.from_pretrained(
-        model, revision=revision, variant=variant, dtype=dtype, device=device, backend=backend
-    )
+    place: Any = {"dtype": dtype, "device": device, "backend": backend, "release_prepare": release_prepare}
+    if single:
+        pipe = fastsd.Pipeline.from_single_file(model, config=config, **place)
+    else:
+        pipe = fastsd.Pipeline.from_pretrained(model, revision=revision, variant=variant, weights=weights, **place)
+    for path_or_id, weight in adapters:
+        pipe.load_lora(path_or_id, weight)
     with _progress() as on_step:
         result = pipe(
             prompts,
@@ -73,12 +103,14 @@ def generate(
             height=height,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            true_cfg_scale=true_cfg_scale,
             guidance_rescale=guidance_rescale,
             seed=seed,
             num_images_per_prompt=num_images,
             scheduler=scheduler,
             eta=eta,
             clip_skip=clip_skip,
+            max_sequence_length=max_sequence_length,
             long_prompt=long_prompt,  # type: ignore[arg-type]  # checked there
             on_step=on_step,
         )
@@ -97,6 +129,9 @@ def _report(result: Any, paths: list[Path], as_json: bool) -> None:
         print(json.dumps({"images": images, "timings": timings}))
         return
     steps = timings.pop("steps")
+    del timings["text_cache_hits"]
+    if not timings["reload"]:
+        del timings["reload"]
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items())
     names = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name} ({len(paths)} images)"
     print(f"{names}: {stages} ({len(steps)} steps of {1000 * sum(steps) / len(steps):.1f} ms)")

@@ -1,15 +1,63 @@
-"""What a family is: one module per family, found by the `_class_name` of a checkpoint's `model_index.json`."""
+"""What a family is: one module per family, found by the `_class_name` of a checkpoint's `model_index.json`.
+
+A family's module has
+    ENCODERS    its text encoders, in the checkpoint's order
+    DENOISER    the denoiser's component name and class
+    DEFAULTS    steps and guidance by pipeline class, as in `diffusers`, and T5's tokens
+    ARGUMENTS   what a call takes beside `request.Arguments`' common ones
+    PATCH       latents that one token of the denoiser has on a side
+    SAMPLE_SIZE latents on a side of the default image, where the configuration has none
+    ZEROED      whether no negative prompt means zeros (else the empty text)
+    combine     encodings of a prompt -> context and pooled vector
+    widths      dimensions of context and pooled vector
+    guidance    the scale of classifier-free guidance that an image needs
+    schedule    steps and other arguments of the scheduler for an image's size
+    prepare     all that no step changes -> the denoiser's constants
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastsd.checkpoint import Source
 
 FAMILIES = {
     "StableDiffusionPipeline": "sd",
     "LatentConsistencyModelPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a checkpoint, on their device and in their dtype.
+
+    Attributes:
+        tokenizers: `fastsd.tokenizer.Tokenizer`s, one per text encoder.
+        text_encoders: `transformers` modules; None for an optional one that the checkpoint leaves out.
+        denoiser: one of `fastsd.denoisers`.
+        vae: `diffusers.AutoencoderKL`.
+        scheduler: scheduler_config.json.
+        index: model_index.json.
+    """
+
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
+    denoiser: Any
+    vae: Any
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any]
 
 
 def family(class_name: str) -> ModuleType:
@@ -25,3 +73,100 @@ def family(class_name: str) -> ModuleType:
             f"this checkpoint is a {class_name}, which this version does not run: use one of {', '.join(FAMILIES)}"
         )
     return import_module(f"fastsd.families.{FAMILIES[class_name]}")
+
+
+def load(source: Source, dtype: torch.dtype, device: torch.device) -> Components:
+    """Build the components of a checkpoint and read their weights.
+
+    Raises:
+        InputError: a file is missing, broken or asks for what is not implemented.
+    """
+    import torch
+    import transformers
+    from diffusers import AutoencoderKL
+
+    module = family(source.index["_class_name"])
+    name, denoiser_class = module.DENOISER
+    present = [encoder for encoder in module.ENCODERS if not _left_out(source, encoder)]
+    with torch.device("meta"):
+        denoiser = denoiser_class(source.config(name))
+        vae = AutoencoderKL.from_config(source.config("vae"))
+        text_encoders = {}
+        for encoder in present:
+            kind = getattr(transformers, encoder.kind)
+            text_encoders[encoder.name] = kind(kind.config_class(**source.config(encoder.name)))
+    _check_vae(module, denoiser, vae)
+    components = Components(
+        tokenizers=tuple(source.tokenizer(one.tokenizer) if one in present else None for one in module.ENCODERS),
+        text_encoders=tuple(text_encoders.get(encoder.name) for encoder in module.ENCODERS),
+        denoiser=denoiser,
+        vae=vae,
+        scheduler=source.config("scheduler"),
+        index=source.index,
+    )
+    for component, text_encoder in text_encoders.items():
+        source.load(text_encoder, component, dtype, device)
+    source.load(denoiser, name, dtype, device)
+    source.load(vae, "vae", _vae_dtype(module, dtype), device)
+    return components
+
+
+def adopt(pipeline: Any) -> Components:
+    """The components of a `diffusers` pipeline; the weights are shared, not copied.
+
+    Raises:
+        InputError: a component is missing, or asks for what is not implemented.
+    """
+    import torch
+
+    from fastsd import tokenizer
+
+    module = family(type(pipeline).__name__)
+    name, denoiser_class = module.DENOISER
+    for needed in (name, "vae", "scheduler", *(one.name for one in module.ENCODERS if not one.optional)):
+        if getattr(pipeline, needed, None) is None:
+            raise InputError(f"the {type(pipeline).__name__} has no {needed}: load it with one")
+    theirs, vae = getattr(pipeline, name), pipeline.vae
+    with torch.device("meta"):
+        denoiser = denoiser_class(theirs.config)
+    _check_vae(module, denoiser, vae)
+    denoiser.load_state_dict(theirs.state_dict(), assign=True)
+    if vae.dtype != (dtype := _vae_dtype(module, vae.dtype)):
+        vae = copy.deepcopy(vae).to(dtype)  # the pipeline's own stays as it is
+    encoders = [getattr(pipeline, encoder.name) for encoder in module.ENCODERS]
+    return Components(
+        tokenizers=tuple(
+            None if encoder is None else tokenizer.from_transformers(getattr(pipeline, one.tokenizer))
+            for encoder, one in zip(encoders, module.ENCODERS, strict=True)
+        ),
+        text_encoders=tuple(encoders),
+        denoiser=denoiser.eval().requires_grad_(False),
+        vae=vae,
+        scheduler={**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__},
+        index={**pipeline.config, "_class_name": type(pipeline).__name__},
+    )
+
+
+def _left_out(source: Source, encoder: Any) -> bool:
+    """Whether the checkpoint does without an optional encoder."""
+    return encoder.optional and (source.index.get(encoder.name) or [None])[0] is None
+
+
+def _vae_dtype(module: ModuleType, dtype: torch.dtype) -> torch.dtype:
+    """SDXL's VAE overflows in float16; `diffusers` runs it in float32 then, too."""
+    import torch
+
+    return torch.float32 if dtype == torch.float16 and module.__name__.endswith("sdxl") else dtype
+
+
+def _check_vae(module: ModuleType, denoiser: Any, vae: Any) -> None:
+    channels, reads = vae.config.latent_channels, denoiser.config.in_channels
+    if module.__name__.endswith("flux"):
+        reads //= 4  # packed, 2x2 latents to a token
+    if reads != channels:
+        raise InputError(
+            f"the denoiser reads {reads} channels and the VAE makes {channels}: inpainting, depth and editing models "
+            "are not implemented, use a text-to-image checkpoint"
+        )
+    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+        raise InputError("the VAE's latents_mean and latents_std are not implemented: use another checkpoint")
