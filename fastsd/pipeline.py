@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Unpack
 
 import torch
@@ -101,23 +100,24 @@ class Pipeline:
 
     def __init__(
         self,
-        family: ModuleType,
         components: families.Components,
         *,
         name: str,
-        defaults: dict[str, Any],
+        defaults: Mapping[str, Any] | None = None,
         release_prepare: bool = False,
     ) -> None:
-        self.family = family
+        kind = components.index["_class_name"]
+        self.family = family = families.family(kind)
         self.components = components
         self.name = name
-        self.defaults = defaults  # num_inference_steps and guidance_scale where a call leaves them out
+        # Where a call leaves out steps or guidance; a checkpoint may bring its own, so that a few-step model is not run 50.
+        self.defaults = {**family.DEFAULTS[kind], **(defaults or {}), **components.index.get("_fastsd", {})}
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()
         # What a LoRA may change, by the name of its component.
-        self._modules = {family.DENOISER[0]: components.denoiser}
         named = zip(family.ENCODERS, components.text_encoders, strict=True)
-        self._modules |= {encoder.name: module for encoder, module in named if module is not None}
+        self._modules = {encoder.name: module for encoder, module in named if module is not None}
+        self._modules[family.DENOISER[0]] = components.denoiser
         self._loras = lora.Loras(self._modules)
         self._waiting = memory.Waiting(components.denoiser) if release_prepare else None
         weight = next(components.denoiser.parameters())
@@ -166,8 +166,12 @@ class Pipeline:
             source = checkpoint.source(checkpoint.resolve(model, revision=revision, variant=variant), variant)
         else:
             raise InputError(f"weights {weights!r} is unknown: use 'checkpoint' or 'random'")
-        own = {} if preset is None else preset.defaults
-        return cls._load(source, in_dtype, on, str(model), own, release_prepare)
+        return cls(
+            families.load(source, in_dtype, on),
+            name=str(model),
+            defaults=preset.defaults if preset is not None else None,
+            release_prepare=release_prepare,
+        )
 
     @classmethod
     def from_single_file(
@@ -196,32 +200,12 @@ class Pipeline:
         """
         on, in_dtype = _place(device, dtype, backend)
         source = single_file.source(path, config=config)
-        return cls._load(source, in_dtype, on, Path(path).stem, {}, release_prepare)
+        return cls(families.load(source, in_dtype, on), name=Path(path).stem, release_prepare=release_prepare)
 
     @classmethod
     def from_diffusers(cls, pipeline: Any) -> Pipeline:
         """Adopt a `diffusers` pipeline: its weights are shared, its device and dtype stay."""
-        kind = type(pipeline).__name__
-        family = families.family(kind)
-        name = pipeline.name_or_path or "diffusers"
-        return cls(family, families.adopt(pipeline), name=name, defaults=family.DEFAULTS[kind])
-
-    @classmethod
-    def _load(
-        cls,
-        source: checkpoint.Source,
-        dtype: torch.dtype,
-        device: torch.device,
-        name: str,
-        defaults: Mapping[str, Any],
-        release_prepare: bool,
-    ) -> Pipeline:
-        kind = source.index["_class_name"]
-        family = families.family(kind)
-        # A checkpoint may bring its own defaults, so that a few-step model is not run 50 steps.
-        defaults = {**family.DEFAULTS[kind], **defaults, **source.index.get("_fastsd", {})}
-        components = families.load(source, dtype, device)
-        return cls(family, components, name=name, defaults=defaults, release_prepare=release_prepare)
+        return cls(families.adopt(pipeline), name=pipeline.name_or_path or "diffusers")
 
     def __call__(
         self,
