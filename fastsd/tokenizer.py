@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -167,19 +168,20 @@ def _name_ids(ids: Sequence[int]) -> str:
 # The two kinds
 
 
+_Built = tuple[Backend, list[str | AddedToken]]
+
+
 class _Kind(NamedTuple):
     name: str
     model: str  # its type in tokenizer.json
     files: tuple[str, ...]  # where there is no tokenizer.json
     # (folder, tokenizer_config.json, tokenizer.json, unknown token) -> the backend and what its files call special
-    build: Callable[[Path, Mapping[str, Any], Mapping[str, Any], str], tuple[Backend, list[str | AddedToken]]]
+    build: Callable[[Path, Mapping[str, Any], Mapping[str, Any], str], _Built]
     marks: Mapping[str, str]  # the special tokens it needs, as they are called where no file says otherwise
     length: int
 
 
-def _clip(
-    folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], unknown: str
-) -> tuple[Backend, list[str | AddedToken]]:
+def _clip(folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], unknown: str) -> _Built:
     """`transformers.CLIPTokenizer` (Radford et al. 2021): lower case, words that end in `</w>`, byte-level BPE."""
     options: dict[str, Any] = {"unk_token": unknown, "end_of_word_suffix": "</w>", "continuing_subword_prefix": ""}
     if serialized:
@@ -202,24 +204,20 @@ def _clip(
     return backend, []
 
 
-def _t5(
-    folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], unknown: str
-) -> tuple[Backend, list[str | AddedToken]]:
+def _t5(folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], unknown: str) -> _Built:
     """`transformers.T5Tokenizer` (Raffel et al. 2020): SentencePiece's normalisation, then the likeliest pieces."""
     count = config.get("extra_ids", 100)
     if not isinstance(count, int) or not 0 <= count <= 10_000:
         raise InputError(f"extra_ids of {str(folder)!r} is {count!r}: T5 has 100")
     sentinels = [f"<extra_id_{i}>" for i in range(count)]
-    special: list[str | AddedToken] = []
+    special: list[AddedToken] = []
     if serialized:
         pieces = [(text, score) for text, score in serialized["model"]["vocab"]]
         charsmap, unknown_id = _serialized_charsmap(serialized), serialized["model"]["unk_id"]
     else:
         file = _read_sentencepiece(folder / "spiece.model")
         pieces = [(text, score) for text, score, _ in file.pieces] + [(token, 0.0) for token in reversed(sentinels)]
-        special += [
-            AddedToken(text, normalized=False) for text, _, kind in file.pieces if kind in (_CONTROL, _USER_DEFINED)
-        ]
+        special = [AddedToken(text, normalized=False) for text, _, kind in file.pieces if kind in _ALWAYS_WHOLE]
         charsmap, unknown_id = file.charsmap, file.unknown_id
     if unknown_id != 2:
         raise InputError(f"{str(folder)!r} has its unknown token at {unknown_id}, T5 at 2: use the tokenizer of a T5")
@@ -312,7 +310,7 @@ def _add_special_tokens(
     """Let the backend find the special tokens in a text, as transformers' `_from_pretrained` does.
 
     A checkpoint lists them in `tokenizer_config.json`; older ones in `special_tokens_map.json`, `added_tokens.json`
-    and `tokenizer.json`, which count only where the first does not. A text that is listed twice keeps its first flags.
+    and `tokenizer.json`, which count only where the first lists none.
 
     Returns:
         The ids of the tokens in `kind.marks`.
@@ -354,7 +352,8 @@ def _add_special_tokens(
 # ------------------------------------------------------------------------------------------------------------
 # SentencePiece
 
-_CONTROL, _USER_DEFINED = 3, 4  # types of pieces (sentencepiece_model.proto)
+# Numbers from sentencepiece_model.proto.
+_ALWAYS_WHOLE = (3, 4)  # types of pieces: control, user-defined
 _MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 
 
@@ -439,13 +438,27 @@ def _serialized_charsmap(serialized: Mapping[str, Any]) -> bytes:
 
 
 def _checked_charsmap(charsmap: bytes) -> bytes:
-    """The map itself, if it is laid out as SentencePiece's `Normalizer` wants: the size of a double-array trie, the
-    trie, and the strings that it points to."""
-    if charsmap:
-        size = int.from_bytes(charsmap[:4], "little")
-        if size % 4 or 4 + size > len(charsmap):
-            raise ValueError("its normalisation rules are broken")
-        charsmap[4 + size :].decode()
+    """The map itself, if no text can lead `tokenizers` out of it, where it would panic.
+
+    It is the size of a double-array trie in bytes, the trie (Darts), and the strings that the trie's leaves point to.
+    """
+    if not charsmap:
+        return charsmap
+    size = int.from_bytes(charsmap[:4], "little")
+    if size % 4 or 4 + size > len(charsmap):
+        raise ValueError("its normalisation rules are cut")
+    units = np.frombuffer(charsmap, "<u4", size // 4, 4)
+    offsets = (units >> 10) << ((units & 0x200) >> 6)
+    children = np.arange(len(units)) ^ offsets  # of each unit one in its block of 256, the others being in that, too
+    followed = units < 1 << 31
+    followed[:1] = True
+    starts = np.frombuffer(charsmap, np.uint8, offset=4 + size) & 0xC0 != 0x80  # of characters in the strings
+    inside = (children[followed] | 255).max(initial=255) < len(units)
+    if inside:
+        leaves = units[children[followed & (units & 0x100 != 0)]] & 0x7FFFFFFF
+        inside = leaves.max(initial=0) < len(starts) and starts[leaves].all()
+    if not inside:
+        raise ValueError("its normalisation rules point nowhere")
     return charsmap
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,8 +60,8 @@ TEXTS = {
     "zero width": "ze\u200bro \ufeffwidth\u2060 \u00adsoft\u00adhyphen \u180e",
     "clip marks": "a <|endoftext|> b<|startoftext|>c <|STARTOFTEXT|><|ENDOFTEXT|><|endoftext|",
     "t5 marks": "a </s> b</s>c <unk> <pad> <s> </S>< /s>",
-    "sentinels": "the <extra_id_0> walks <extra_id_99>in<extra_id_1> <extra_id_100> <EXTRA_ID_2>",
-    "added": "a <cat> b<cat>c <CAT>  <cat>",
+    "sentinels": "the <extra_id_0> walks <extra_id_99>in<extra_id_1> <extra_id_100> <EXTRA_ID_2> <mask>",
+    "added": "a <cat> b<cat>c <CAT>  <cat> ＜cat＞",
     "private": "\ue000 \U000f0000 \ufffd \ufffe \U0010ffff",
 }
 
@@ -156,6 +158,7 @@ def clip_sdxl() -> Files:
     config = {
         **CLIP_MARKS,
         "pad_token": "!",
+        "mask_token": None,
         "added_tokens_decoder": {str(i): token for i, token in added.items()},
         "clean_up_tokenization_spaces": True,
         "model_max_length": 77,
@@ -186,9 +189,12 @@ def clip_split_special_tokens() -> Files:
 
 
 def clip_bare_marks() -> Files:
-    """Marks without flags, and an order of added tokens that is not that of their ids."""
+    """Marks without flags, added tokens out of order, and no token for the byte 7, which is then unknown."""
+    vocabulary = {text: i for text, i in trained().vocabulary.items() if text not in ("ć", "ć</w>")}
     first = len(trained().vocabulary)
-    return clip_two_files() | {
+    return {
+        "vocab.json": vocabulary,
+        "merges.txt": "".join(f"{left} {right}\n" for left, right in trained().merges if "ć" not in left + right),
         "special_tokens_map.json": {"bos_token": {"content": START}, "eos_token": END},
         "added_tokens.json": {"8k": first + 1, "<cat>": first},
     }
@@ -386,6 +392,13 @@ def test_a_length_of_its_own_is_kept(tmp_path: Path) -> None:
     assert load(write(tmp_path, files)).length == 256
 
 
+def test_null_marks_are_the_usual_ones(tmp_path: Path) -> None:
+    files = t5_v1_1() | {"special_tokens_map.json": {"bos_token": None, "eos_token": None}}
+    files["tokenizer_config.json"] |= {"bos_token": None, "pad_token": None}
+    ours = load(write(tmp_path, files))
+    assert (ours.bos, ours.eos, ours.pad) == (None, 1, 0)
+
+
 def test_needs_neither_torch_nor_transformers_nor_sentencepiece(pairs: Callable[[str], Pair]) -> None:
     code = """
 import sys
@@ -501,6 +514,14 @@ def spiece(**options: Any) -> Callable[[Any], bytes]:
     return train
 
 
+def trie(units: dict[int, int], count: int) -> bytes:
+    return struct.pack(f"<I{count}I", 4 * count, *(units.get(i, 0) for i in range(count)))
+
+
+def rules(charsmap: bytes) -> Callable[[Any], Any]:
+    return set_to(normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+
+
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'd'}\nsize 791656\n"
 CONFIG, JSON = "tokenizer_config.json", "tokenizer.json"
 
@@ -559,10 +580,26 @@ REFUSED: dict[str, tuple[Callable[[], Files], str]] = {
         "spiece.model' is a BPE model: T5's is a unigram model",
     ),
     "spiece of XLNet": (changed("t5 spiece", "spiece.model", spiece()), "has its unknown token at 0, T5 at 2: use the"),
-    "broken charsmap": (
-        changed("t5 json", JSON, set_to(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="})),
-        "is no T5 tokenizer (ValueError: its normalisation rules are broken)",
+    "cut rules": (
+        changed("t5 json", JSON, rules(b"\xff\xff\xff\x00")),
+        "(ValueError: its normalisation rules are cut)",
     ),
+    "uneven rules": (changed("t5 json", JSON, rules(b"\3\0\0\0abc")), "normalisation rules are cut"),
+    "empty rules": (changed("t5 json", JSON, rules(bytes(4))), "normalisation rules point nowhere"),
+    "rules without a first step": (
+        changed("t5 json", JSON, rules(trie({0: 1 << 31 | 1 << 18}, 256) + b"\0")),
+        "point nowhere",
+    ),
+    "rules without children": (changed("t5 json", JSON, rules(trie({0: 1 << 18}, 300) + b"\0")), "point nowhere"),
+    "rules without strings": (
+        changed("t5 json", JSON, rules(trie({0: 0x100 | 1 << 10, 1: 1}, 256) + b"\0")),
+        "point nowhere",
+    ),
+    "rules that cut a character": (
+        changed("t5 json", JSON, rules(trie({0: 0x100 | 1 << 10, 1: 1}, 256) + "é".encode())),
+        "point nowhere",
+    ),
+    "rules of latin-1": (changed("t5 json", JSON, rules(trie({}, 256) + b"\xe9\0")), "is no T5 tokenizer (Exception: "),
 }
 
 
