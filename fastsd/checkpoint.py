@@ -813,8 +813,12 @@ def _open(path: Path) -> Callable[[_Stored], torch.Tensor]:
                 content = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
             else:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise InputError(f"{str(path)!r} is corrupt ({_one_line(error)}): download it again") from error
+    except OSError as error:
+        raise InputError(
+            f"cannot map {str(path)!r} into memory ({error.strerror}): use a checkpoint in smaller shards"
+        ) from error
 
     def read(place: _Stored) -> torch.Tensor:
         if place.dtype not in _DTYPES:

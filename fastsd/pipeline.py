@@ -110,7 +110,7 @@ class Pipeline:
         self.family = family = families.family(kind)
         self.components = components
         self.name = name
-        # Where a call leaves out steps or guidance. A few-step checkpoint brings its own, so that it is not run 50 steps.
+        # Where a call leaves them out. A few-step checkpoint brings its own, so that it is not run for 50 steps.
         self.defaults = {**family.DEFAULTS[kind], **(defaults or {}), **components.index.get("_fastsd", {})}
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()

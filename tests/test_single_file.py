@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fastsd
 from fastsd import checkpoint, single_file
 from fastsd.errors import InputError
 from fastsd.presets import PRESETS
@@ -495,6 +496,22 @@ def test_equals_diffusers(name: str, stored: torch.dtype, target: torch.dtype, t
     assert source.tokenizer("tokenizer").encode("the cat")
 
 
+def test_pipeline_gives_the_latents_of_the_folder(tiny: Path, tmp_path: Path) -> None:
+    """Oracle: our own pipeline on the folder that the file was made from; the order of sums may differ by address."""
+    state: State = {}
+    for part, (layout, prefix) in PLACES["sd1"].items():
+        config = checkpoint.read_config(tiny, part)
+        state |= original(checkpoint.load_state_dict(tiny, part), layout, prefix, config)
+    save_file(state, tmp_path / "model.safetensors")
+    arguments: Any = {"seed": 1, "num_inference_steps": 2, "output_type": "latent", "height": 64, "width": 64}
+    theirs = fastsd.Pipeline.from_pretrained(tiny, dtype="float32", device="cpu")("the red cat", **arguments)
+    pipeline = fastsd.Pipeline.from_single_file(
+        tmp_path / "model.safetensors", config=tiny, dtype="float32", device="cpu"
+    )
+    assert pipeline.name == "model"
+    torch.testing.assert_close(pipeline("the red cat", **arguments).images, theirs.images, rtol=1e-5, atol=1e-5)
+
+
 def test_source_can_be_read_again_and_written_to(tmp_path: Path) -> None:
     """What is not cast stays a view of the file: a private one, so that merging a LoRA leaves the file as it is."""
     path, described = write_tiny(tmp_path, "sd1", torch.float32)
@@ -799,6 +816,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "another preset": (lambda folder: "sd3-medium", ["UNet2DConditionModel", "is for a StableDiffusion3Pipeline"]),
     "unreachable hub": (lambda folder: "org/name", ["HF_HUB_OFFLINE", "'org/name' is not cached"]),
     "revision": (lambda folder: "org/name@", ["names no revision"]),
+    "no valid id": (lambda folder: "org--x/name", ["no valid hub id"]),
 }
 
 
@@ -856,7 +874,31 @@ def test_load_is_strict(case: str, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sharded folders as the libraries write them
+# Files and folders that `checkpoint` reads, too
+
+
+def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
+    """So that a model which the host cannot hold is still read to a device tensor by tensor."""
+    path = write_header(tmp_path / "large.safetensors", {"weight": [2**19, 2**20], "bias": [7]})  # 1 TiB, a hole
+    stored = checkpoint._header(path)
+    assert torch.equal(checkpoint._open(path)(stored["bias"]), torch.zeros(7, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_tensors_at_odd_places(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Old writers did not pad the header, so that data can begin at any byte."""
+    tensor = torch.arange(12).reshape(3, 4).to(dtype)
+    save_file({"weight": tensor}, tmp_path / "m.safetensors")
+    content = (tmp_path / "m.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = content[8 : 8 + length].rstrip()
+    text += b" " * (len(text) % 2 == 0)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    stored = checkpoint._header(path)["weight"]
+    assert stored.begin % 2
+    assert torch.equal(checkpoint._open(path)(stored), tensor)
+    assert torch.equal(checkpoint._open(path)(stored) + 1, tensor + 1)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

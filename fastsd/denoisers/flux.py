@@ -25,7 +25,6 @@ from fastsd.denoisers.transformer import (
     Constants,
     JointBlock,
     Modulation,
-    Places,
     SelfAttention,
     TimeTextEmbedding,
     add,
@@ -48,8 +47,8 @@ PATCH = 2  # latents per token and side
 class FluxTransformer(nn.Module):
     """Predict the velocity in latents, given rows of `Constants`.
 
-    Over a quarter of the parameters serves only `prepare`: the timestep, guidance and text embeddings and the modulations
-    of all blocks, listed by `prepare_only`.
+    Over a quarter of the parameters serves only `prepare`: the timestep, guidance and text embeddings and the
+    modulations of all blocks, listed by `prepare_only`.
 
     Args:
         config: the keys of a diffusers `transformer/config.json`; absent ones have diffusers' defaults.
@@ -65,7 +64,9 @@ class FluxTransformer(nn.Module):
         self.time_text_embed = TimeTextEmbedding(dim, c.pooled_projection_dim, c.guidance_embeds)
         self.context_embedder = nn.Linear(c.joint_attention_dim, dim)
         self.x_embedder = nn.Linear(c.in_channels, dim)
-        self.transformer_blocks = nn.ModuleList(JointBlock(dim, heads, qk_norm=True) for _ in range(c.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(dim, heads, qk_norm=True, text_first=True) for _ in range(c.num_layers)
+        )
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(dim, heads) for _ in range(c.num_single_layers))
         self.norm_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, c.out_channels)
@@ -143,25 +144,26 @@ class FluxTransformer(nn.Module):
         Returns:
             The prediction, [B, out_channels / 4, H, W].
         """
-        tokens = context.shape[1]
-        places = Places(slice(tokens, None), slice(tokens))
-        x = torch.cat([context, self.x_embedder(patches(latents, PATCH))], dim=1)  # the blocks update it in place
+        image, text = self.x_embedder(patches(latents, PATCH)), context
         for i, block in enumerate(self.transformer_blocks):
-            block(x, modulation, places, position)
+            image, text = block(image, text, modulation, position)
             if controlnet_block_samples:
                 interval = ceil(len(self.transformer_blocks) / len(controlnet_block_samples))
-                x[:, places.image] += controlnet_block_samples[i // interval]
-        for i, block in enumerate(self.single_transformer_blocks):
-            block(x, modulation, position)
+                image = image + controlnet_block_samples[i // interval]
+
+        x = torch.cat([text, image], dim=1)
+        for i, single in enumerate(self.single_transformer_blocks):
+            x = single(x, modulation, position)
             if controlnet_single_block_samples:
                 interval = ceil(len(self.single_transformer_blocks) / len(controlnet_single_block_samples))
-                x[:, places.image] += controlnet_single_block_samples[i // interval]
+                x = x + F.pad(controlnet_single_block_samples[i // interval], (0, 0, text.shape[1], 0))
 
         scale, shift = self.norm_out(modulation)
-        x = self.proj_out(modulate(layer_norm(x)[:, places.image], shift, scale))
+        image = self.proj_out(modulate(layer_norm(x[:, text.shape[1] :]), shift, scale))
         # The numbers of a patch are in the order channel, row, column.
-        x = x.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (-1, latents.shape[3] // PATCH))
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        image = image.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (-1, latents.shape[3] // PATCH))
+        prediction: Tensor = image.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return prediction
 
 
 class SingleBlock(nn.Module):
@@ -174,15 +176,12 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(dim, 4 * dim)
         self.proj_out = nn.Linear(5 * dim, dim)
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> None:
-        """Update the tokens [B, L, D] in place."""
-        dim = x.shape[2]
+    def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> Tensor:
+        """[B, L, D], [B, M] -> [B, L, D]."""
         shift, scale, gate = self.norm(modulation)
         normed = modulate(layer_norm(x), shift, scale)
-        both = x.new_empty(*x.shape[:2], 5 * dim)
-        both[..., :dim] = self.attn(normed, rotary)
-        both[..., dim:] = F.gelu(self.proj_mlp(normed), approximate="tanh")
-        add(x, gate, self.proj_out(both))
+        both = torch.cat([self.attn(normed, rotary), F.gelu(self.proj_mlp(normed), approximate="tanh")], dim=2)
+        return add(x, gate, self.proj_out(both))
 
 
 def rotary_table(
@@ -201,7 +200,8 @@ def rotary_table(
         exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
         angles.append(torch.outer(position, 1.0 / 10000.0**exponents))
     angle = torch.cat(angles, dim=1)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    table: Tensor = torch.stack([angle.cos(), angle.sin()]).float()
+    return table
 
 
 _DEFAULTS: dict[str, Any] = {  # those of diffusers.FluxTransformer2DModel

@@ -22,7 +22,6 @@ from fastsd.denoisers.transformer import (
     Constants,
     JointBlock,
     Modulation,
-    Places,
     TimeTextEmbedding,
     assign_columns,
     check_conditioning,
@@ -58,7 +57,14 @@ class SD3Transformer(nn.Module):
         self.time_text_embed = TimeTextEmbedding(dim, c.pooled_projection_dim)
         self.context_embedder = nn.Linear(c.joint_attention_dim, dim)
         self.transformer_blocks = nn.ModuleList(
-            JointBlock(dim, heads, qk_norm, dual=i in c.dual_attention_layers, last=i == c.num_layers - 1)
+            JointBlock(
+                dim,
+                heads,
+                qk_norm,
+                text_first=False,
+                dual=i in c.dual_attention_layers,
+                last=i == c.num_layers - 1,
+            )
             for i in range(c.num_layers)
         )
         self.norm_out = Modulation(dim, 2)
@@ -96,9 +102,7 @@ class SD3Transformer(nn.Module):
         check_conditioning(timesteps, context, pooled, c.joint_attention_dim, c.pooled_projection_dim)
         check_size(height, width, c.patch_size, c.patch_size * c.pos_embed_max_size)
         dtype = self.proj_out.weight.dtype
-        modulation = modulation_rows(
-            self._modulations, lambda rows: self.time_text_embed(rows, pooled), timesteps
-        )
+        modulation = modulation_rows(self._modulations, lambda rows: self.time_text_embed(rows, pooled), timesteps)
         position = self.pos_embed.crop(height // c.patch_size, width // c.patch_size).to(dtype)
         return Constants(modulation, self.context_embedder(context.to(dtype)), position)
 
@@ -123,22 +127,20 @@ class SD3Transformer(nn.Module):
         Returns:
             The prediction, [B, out_channels, H, W].
         """
-        size = self.config.patch_size
-        image = self.pos_embed(latents) + position
-        tokens = image.shape[1]
-        places = Places(slice(tokens), slice(tokens, None))
-        x = torch.cat([image, context], dim=1)  # the blocks update it in place
+        image, text = self.pos_embed(latents) + position, context
         for i, block in enumerate(self.transformer_blocks):
-            block(x, modulation, places)
+            image, text = block(image, text, modulation)
             if block_controlnet_hidden_states and i < len(self.transformer_blocks) - 1:
                 interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
-                x[:, places.image] += block_controlnet_hidden_states[int(i / interval)]
+                image = image + block_controlnet_hidden_states[int(i / interval)]
 
         scale, shift = self.norm_out(modulation)
-        x = self.proj_out(modulate(layer_norm(x)[:, places.image], shift, scale))
+        image = self.proj_out(modulate(layer_norm(image), shift, scale))
         # The numbers of a patch are in the order row, column, channel.
-        x = x.unflatten(2, (size, size, -1)).unflatten(1, (-1, latents.shape[3] // size))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        size = self.config.patch_size
+        image = image.unflatten(2, (size, size, -1)).unflatten(1, (-1, latents.shape[3] // size))
+        prediction: Tensor = image.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return prediction
 
 
 class PatchEmbed(nn.Module):
@@ -161,7 +163,8 @@ class PatchEmbed(nn.Module):
         """The middle of the table, [1, rows * columns, D]."""
         top, left = (self.table_size - rows) // 2, (self.table_size - columns) // 2
         table = self.pos_embed.unflatten(1, (self.table_size, self.table_size))
-        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+        middle: Tensor = table[:, top : top + rows, left : left + columns].flatten(1, 2)
+        return middle
 
 
 def position_table(dim: int, size: int, base_size: int) -> Tensor:

@@ -29,20 +29,14 @@ class Constants(NamedTuple):
     position: Tensor  # SD3: embedding [1, image tokens, D]; Flux: cosines and sines [2, L, head dim / 2]
 
 
-class Places(NamedTuple):
-    """Where each kind of token lies in a tensor [B, L, ...]."""
-
-    image: slice
-    text: slice
-
-
 class Modulation(nn.Module):
     """The vectors that shift, scale and gate the tokens of a block (adaLN-Zero, Peebles & Xie 2023).
 
     They depend on the timestep and the pooled text only, so `linear` serves only `prepare`, and `columns`, assigned by
-    `assign_columns`, says where its result lies in the packed modulation. Sources, by the number of vectors: `diffusers`
-    `AdaLayerNormContinuous` (2: scale, shift), `AdaLayerNormZeroSingle` (3: shift, scale, gate), `AdaLayerNormZero` (6)
-    and `SD35AdaLayerNormZeroX` (9).
+    `assign_columns`, says where its result lies in the packed modulation. Sources, by the number of vectors:
+    `diffusers` `AdaLayerNormContinuous` (2: scale, shift), `AdaLayerNormZeroSingle` (3: shift, scale, gate),
+    `AdaLayerNormZero` (6: those of the attention, then of the perceptron), `SD35AdaLayerNormZeroX` (9: then of the
+    second attention).
     """
 
     columns: slice
@@ -55,7 +49,7 @@ class Modulation(nn.Module):
 
     def rows(self, embedding: Tensor) -> Tensor:
         """[..., D] -> [..., vectors * D], every scale with its 1 added, so that no step has to."""
-        vectors = self.linear(embedding).unflatten(-1, (self.vectors, -1))
+        vectors: Tensor = self.linear(embedding).unflatten(-1, (self.vectors, -1))
         vectors[..., self.scales, :] += 1
         return vectors.flatten(-2)
 
@@ -74,23 +68,18 @@ def assign_columns(model: nn.Module) -> list[Modulation]:
     return modulations
 
 
-def modulation_rows(
-    modulations: Sequence[Modulation], embed: Callable[[Tensor], Tensor], timesteps: Tensor
-) -> Tensor:
+def modulation_rows(modulations: Sequence[Modulation], embed: Callable[[Tensor], Tensor], timesteps: Tensor) -> Tensor:
     """All vectors of all steps, packed: [steps, B] -> [steps, B, M]; `embed` gives [rows, B] -> [rows, B, D].
 
     Rows are computed in chunks of `ROWS`, the last one padded, since matrix products of different shapes may sum in
     different orders: so a row has the same bits in a run of 4 steps and in one of 50.
     """
-    steps, batch = timesteps.shape
-    padded = torch.cat([timesteps, timesteps[-1:].expand(-steps % ROWS, -1)])
-    weight = modulations[0].linear.weight
-    packed = torch.empty(steps, batch, modulations[-1].columns.stop, dtype=weight.dtype, device=weight.device)
-    for chunk, out in zip(padded.split(ROWS), packed.split(ROWS), strict=True):
-        embedding = F.silu(embed(chunk))
-        for modulation in modulations:
-            out[..., modulation.columns] = modulation.rows(embedding)[: len(out)]
-    return packed
+    packed = []
+    for chunk in timesteps.split(ROWS):
+        padded = torch.cat([chunk, chunk[-1:].expand(ROWS - len(chunk), -1)])
+        embedding = F.silu(embed(padded))
+        packed.append(torch.cat([modulation.rows(embedding)[: len(chunk)] for modulation in modulations], dim=-1))
+    return torch.cat(packed)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -103,20 +92,20 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def add(x: Tensor, gate: Tensor, update: Tensor) -> None:
-    """Add `update` [B, L, D], gated by [B, 1, D], to the tokens in place.
+def add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """Tokens [B, L, D] plus an update of the same shape, gated by [B, 1, D].
 
     In float16 the sum saturates, as in `diffusers` `FluxTransformerBlock`: one Inf would make the whole image NaN.
     """
-    x.addcmul_(gate, update)
-    if x.dtype == torch.float16:
-        x.clamp_(-65504, 65504)
+    x = torch.addcmul(x, gate, update)
+    return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def patches(latents: Tensor, size: int) -> Tensor:
     """[B, C, H, W] -> [B, H/size * W/size, C * size * size], a patch's numbers in the order channel, row, column."""
-    x = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, C, H/size, size, W/size, size]
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    x: Tensor = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, C, H/size, size, W/size, size]
+    tokens: Tensor = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return tokens
 
 
 class TimeTextEmbedding(nn.Module):
@@ -142,94 +131,103 @@ class TimeTextEmbedding(nn.Module):
         embedding: Tensor = self.timestep_embedder(sinusoids(timesteps))
         if guidance is not None:
             embedding = embedding + self.guidance_embedder(sinusoids(guidance))
-        return embedding + self.text_embedder(pooled.to(dtype))
+        embedding = embedding + self.text_embedder(pooled.to(dtype))
+        return embedding
 
 
-def rotate(x: Tensor, rotary: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate neighbouring pairs of [B, L, heads, head dim] by [2, L, head dim / 2] (Su et al. 2021), into `out`.
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of [B, L, heads, head dim] by cosines and sines [2, L, head dim / 2] (Su et al. 2021).
 
     Computed in float32, the dtype of the table, and rounded once.
     """
-    if out is None:
-        out = torch.empty_like(x)
     cos, sin = rotary.unsqueeze(2)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = odd * cos + even * sin
-    return out
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of [B, L, heads, head dim] each -> [B, L, D]."""
-    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    x: Tensor = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return x.transpose(1, 2).flatten(2)
 
 
-class SelfAttention(nn.Module):
-    """Attention over one kind of tokens; `out=False` leaves the output projection to the block."""
+class Projections(nn.Module):
+    """What turns tokens into queries, keys and values."""
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool, out: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.norm_q, self.norm_k = self.norms(dim, qk_norm)
+        self.norm_q, self.norm_k = self.norms(qk_norm)
+
+    def norms(self, qk_norm: bool) -> list[nn.Module]:
+        """For each head of the queries and of the keys."""
+        return [nn.RMSNorm(self.head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2)]
+
+    def heads(self, x: Tensor, projection: nn.Module, norm: nn.Module, rotary: Tensor | None) -> Tensor:
+        """[B, L, D] -> [B, L, heads, head dim], projected, normalised and rotated."""
+        x = norm(projection(x).unflatten(-1, (-1, self.head_dim)))
+        return x if rotary is None else rotate(x, rotary)
+
+    def qkv(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of tokens [B, L, D], [B, L, heads, head dim] each."""
+        q, k = self.heads(x, self.to_q, self.norm_q, rotary), self.heads(x, self.to_k, self.norm_k, rotary)
+        return q, k, self.to_v(x).unflatten(-1, (-1, self.head_dim))
+
+
+class SelfAttention(Projections):
+    """Attention over one kind of tokens; without `out` the output projection is left to the block."""
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, out: bool = True) -> None:
+        super().__init__(dim, heads, qk_norm)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)] if out else [])
-
-    def norms(self, dim: int, qk_norm: bool) -> list[nn.Module]:
-        """What normalises each head of the queries and of the keys."""
-        return [nn.RMSNorm(dim // self.heads, eps=EPS) if qk_norm else nn.Identity() for _ in range(2)]
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, heads, head dim]."""
-        return x.unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        q, k, v = (self.split(projection(x)) for projection in (self.to_q, self.to_k, self.to_v))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        x = attend(q, k, v)
+        x = attend(*self.qkv(x, rotary))
         for projection in self.to_out:
             x = projection(x)
         return x
 
 
-class JointAttention(SelfAttention):
-    """Attention over image and text together, each kind with its own projections and norms.
+class JointAttention(Projections):
+    """Attention over image and text together, each with its own projections and norms.
 
-    Source: `diffusers` `JointAttnProcessor2_0` and `FluxAttnProcessor`. Without `text_out` the text is only read.
+    Source: `diffusers` `JointAttnProcessor2_0` (image first), `FluxAttnProcessor` (text first).
     """
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool, text_out: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, qk_norm: bool, text_first: bool, text_out: bool) -> None:
         super().__init__(dim, heads, qk_norm)
+        self.text_first = text_first
         self.add_q_proj = nn.Linear(dim, dim)
         self.add_k_proj = nn.Linear(dim, dim)
         self.add_v_proj = nn.Linear(dim, dim)
-        self.norm_added_q, self.norm_added_k = self.norms(dim, qk_norm)
+        self.norm_added_q, self.norm_added_k = self.norms(qk_norm)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim) if text_out else None
 
-    def joint(
-        self, image: Tensor, text: Tensor, places: Places, rotary: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Image [B, image tokens, D] and text [B, text tokens, D] -> the same."""
-        batch, tokens, _ = image.shape
-        shape = (batch, tokens + text.shape[1], self.heads, image.shape[2] // self.heads)
-        q, k, v = (image.new_empty(shape) for _ in range(3))
-        for place, x, to_q, to_k, to_v, norm_q, norm_k in (
-            (places.image, image, self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k),
-            (places.text, text, self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k),
-        ):
-            for out, heads in ((q, norm_q(self.split(to_q(x)))), (k, norm_k(self.split(to_k(x))))):
-                if rotary is None:
-                    out[:, place] = heads
-                else:
-                    rotate(heads, rotary[:, place], out[:, place])
-            v[:, place] = self.split(to_v(x))
-        x = attend(q, k, v)
-        return self.to_out[0](x[:, places.image]), self.to_add_out(x[:, places.text]) if self.to_add_out else None
+    def text_qkv(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`qkv` of the text."""
+        q = self.heads(x, self.add_q_proj, self.norm_added_q, rotary)
+        k = self.heads(x, self.add_k_proj, self.norm_added_k, rotary)
+        return q, k, self.add_v_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, image: Tensor, text: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Image [B, image tokens, D] and text [B, text tokens, D] -> the same, no text without `text_out`.
+
+        Joined by `torch.cat`, not by writing into slices of a buffer: run as it is, both take the same time, but of
+        `cat` compilers make direct writes, and exporters an operator, where a slice becomes a scatter.
+        """
+        kinds = [(image, self.qkv), (text, self.text_qkv)][:: -1 if self.text_first else 1]
+        sizes = [x.shape[1] for x, _ in kinds]
+        tables = (None, None) if rotary is None else rotary.split(sizes, dim=1)
+        parts = [qkv(x, table) for (x, qkv), table in zip(kinds, tables, strict=True)]
+        joined = attend(*(torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)))
+        image, text = joined.split(sizes, dim=1)[:: -1 if self.text_first else 1]
+        return self.to_out[0](image), None if self.to_add_out is None else self.to_add_out(text)
 
 
 class JointBlock(nn.Module):
@@ -239,47 +237,47 @@ class JointBlock(nn.Module):
         dim: D.
         heads: of all attentions.
         qk_norm: normalise queries and keys (RMS).
+        text_first: the order of the tokens where both kinds are together.
         dual: a second attention, over the image alone (SD3.5-Medium).
-        last: the text is read for the last time, so nothing is computed for its own sake.
+        last: no later layer reads the text, so it is not updated.
     """
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool, dual: bool = False, last: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, qk_norm: bool, *, text_first: bool, dual: bool = False, last: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = Modulation(dim, 9 if dual else 6)
         self.norm1_context = Modulation(dim, 2 if last else 6)
-        self.attn = JointAttention(dim, heads, qk_norm, text_out=not last)
+        self.attn = JointAttention(dim, heads, qk_norm, text_first, text_out=not last)
         self.attn2 = SelfAttention(dim, heads, qk_norm) if dual else None
         self.ff = FeedForward(dim, GELU)
         self.ff_context = None if last else FeedForward(dim, GELU)
 
-    def forward(self, x: Tensor, modulation: Tensor, places: Places, rotary: Tensor | None = None) -> None:
-        """Update the tokens [B, L, D] in place.
-
-        Both kinds are normalised in one call: a slice of a batch is no contiguous tensor, which layer norm would copy.
-        """
-        image, text = x[:, places.image], x[:, places.text]
+    def forward(
+        self, image: Tensor, text: Tensor, modulation: Tensor, rotary: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, image tokens, D], [B, text tokens, D], [B, M] -> image and text."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(modulation)
-        normed = layer_norm(x)
-        normed_image = normed[:, places.image]
         if self.ff_context is None:
-            scale_text, shift_text = self.norm1_context(modulation)
+            text_scale, text_shift = self.norm1_context(modulation)
         else:
-            shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = self.norm1_context(modulation)
-
-        to_image, to_text = self.attn.joint(
-            modulate(normed_image, shift, scale), modulate(normed[:, places.text], shift_text, scale_text), places, rotary
+            text_shift, text_scale, text_gate, *text_ff = self.norm1_context(modulation)
+        normed = layer_norm(image)
+        to_image, to_text = self.attn(
+            modulate(normed, shift, scale), modulate(layer_norm(text), text_shift, text_scale), rotary
         )
-        add(image, gate, to_image)
+
+        image = add(image, gate, to_image)
         if self.attn2 is not None:
             shift, scale, gate = dual
-            add(image, gate, self.attn2(modulate(normed_image, shift, scale)))
-        if to_text is not None:
-            add(text, gate_text, to_text)
+            image = add(image, gate, self.attn2(modulate(normed, shift, scale)))
+        image = add(image, gate_ff, self.ff(modulate(layer_norm(image), shift_ff, scale_ff)))
 
-        normed = layer_norm(x)
-        add(image, gate_ff, self.ff(modulate(normed[:, places.image], shift_ff, scale_ff)))
         if self.ff_context is not None:
-            add(text, gate_text_ff, self.ff_context(modulate(normed[:, places.text], shift_text_ff, scale_text_ff)))
+            shift_ff, scale_ff, gate_ff = text_ff
+            text = add(text, text_gate, to_text)
+            text = add(text, gate_ff, self.ff_context(modulate(layer_norm(text), shift_ff, scale_ff)))
+        return image, text
 
 
 def prepare_only(model: nn.Module) -> list[str]:
@@ -288,9 +286,7 @@ def prepare_only(model: nn.Module) -> list[str]:
     return ["time_text_embed", "context_embedder", *modulations]
 
 
-def check_conditioning(
-    timesteps: Tensor, context: Tensor, pooled: Tensor, context_dim: int, pooled_dim: int
-) -> None:
+def check_conditioning(timesteps: Tensor, context: Tensor, pooled: Tensor, context_dim: int, pooled_dim: int) -> None:
     """Refuse conditioning that does not fit; shapes only, so nothing waits for the device.
 
     Raises:
@@ -313,8 +309,8 @@ def check_size(height: int, width: int, multiple: int, most: int | None = None) 
     """
     for size in (height, width):
         if type(size) is not int or size < multiple or size % multiple or (most is not None and size > most):
-            limit = "" if most is None else f" up to {most}"
-            raise InputError(f"The latents are {height} x {width}; both must be positive multiples of {multiple}{limit}.")
+            right = f"positive multiples of {multiple}" + ("" if most is None else f" up to {most}")
+            raise InputError(f"The latents are {height!r} x {width!r}; both must be {right}.")
 
 
 def read_config(model: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
