@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -55,7 +56,8 @@ _MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Where the components of a checkpoint come from: a folder, a single file, or random numbers.
 
     A component is named as its folder in the diffusers layout ("unet", "text_encoder_2", "scheduler", ...).

@@ -655,10 +655,15 @@ class Loras:
         """Name -> weight, in the order of loading."""
         return {name: entry.weight for name, entry in self._entries.items()}
 
-    @property
-    def key(self) -> tuple[tuple[str, float], ...]:
-        """What the weights depend on besides the checkpoint: digest and weight of each adapter, sorted."""
-        return tuple(sorted((entry.adapter.digest, entry.weight) for entry in self._entries.values()))
+    def key(self, component: str | None = None) -> tuple[tuple[str, float], ...]:
+        """What the weights (of one component) depend on besides the checkpoint: digest and weight of each adapter."""
+        return tuple(
+            sorted(
+                (entry.adapter.digest, entry.weight)
+                for entry in self._entries.values()
+                if component is None or entry.adapter.deltas.get(component)
+            )
+        )
 
     def load(self, adapter: Adapter, weight: float = 1.0, name: str | None = None) -> str:
         """Merge an adapter, beside those that are there; returns its name (by default that of its file).

@@ -305,6 +305,7 @@ class Pipeline:
             max_sequence_length=request.max_sequence_length,
             long_prompt=request.long_prompt,
             cache=self.encodings,
+            adapters=self._loras.key,
         )
         contexts, pooled = zip(*embeddings, strict=True)
         if len({context.shape[1] for context in contexts}) > 1:

@@ -193,6 +193,8 @@ def source(path: str | os.PathLike[str], *, config: str | os.PathLike[str] | Non
             )
         return tokenizer.load(folder / component)
 
+    if origin.preset is not None:
+        index.setdefault("_fastsd", origin.preset.defaults)
     return checkpoint.Source(index, read_config, load, read_tokenizer)
 
 
@@ -204,8 +206,8 @@ class _Deferred:
     """A tensor of known shape that is read later; what converters do to it is noted, and done by `read()`.
 
     It is what torch calls a tensor-like type: `torch.chunk`, `torch.cat`, ... reach it by `__torch_function__`. Plain
-    copies are left out: nothing is written to, and a freed copy leaves a hole of its size in the heap that the next
-    aligned allocation of that size does not fit into (measured: 1.18 times the size instead of 1.00).
+    copies are left out: nothing is written to them, and with them the peak of loading was 1.18 times the size, not 1.00
+    (probably holes in the heap that the next aligned allocation of that size does not fit into).
 
     Attributes:
         meta: its shape, as a tensor on the meta device.

@@ -11,7 +11,7 @@ import hashlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastsd.errors import InputError
@@ -199,6 +199,7 @@ def encode(
     max_sequence_length: int,
     long_prompt: LongPrompt,
     cache: Cache,
+    adapters: Callable[[str], Hashable],
 ) -> tuple[list[Embedding], int]:
     """Encode the prompts of a batch.
 
@@ -212,6 +213,7 @@ def encode(
         max_sequence_length: tokens of T5.
         long_prompt: see `windows`.
         cache: of the pipeline.
+        adapters: what is merged into the weights of an encoder, by its name.
 
     Returns:
         Embeddings of the negative prompts, then of the prompts, and how many encodings came out of the cache.
@@ -248,7 +250,7 @@ def encode(
             if encoder.is_clip:
                 ids, skip = ids + texts[""] * (most - len(ids)), clip_skip
                 _check_clip_skip(encoder, module, clip_skip)
-            key = (encoder.layer, skip, tuple(map(tuple, ids)))
+            key = (encoder.layer, skip, tuple(map(tuple, ids)), adapters(encoder.name))
             encoding, hit = cache.get(module, key, lambda: read(encoder, module, ids, skip))  # noqa: B023  # called at once
             encodings.append(encoding)
             hits += hit

@@ -634,13 +634,13 @@ def test_swapping_and_unloading_are_exact(dtype: torch.dtype, files: list[Path])
     loras.load(first, 0.8)
     assert same_bits(bits(models), with_first)
     loras.load(second, 0.5, "other")
-    both, key = bits(models), loras.key
+    both, key = bits(models), loras.key()
     loras.unload()
-    assert loras.active == {} and loras.key == ()
+    assert loras.active == {} and loras.key() == ()
     assert same_bits(bits(models), before)
     loras.load(second, 0.5)
     loras.load(first, 0.8)  # the order of loading is no part of the result
-    assert same_bits(bits(models), both) and loras.key == key
+    assert same_bits(bits(models), both) and loras.key() == key
     assert loras.active == {"lora1": 0.5, "lora0": 0.8}
     assert addresses(models) == places
 
@@ -1001,7 +1001,7 @@ def test_names_and_weights(files: list[Path], tmp_path: Path) -> None:
     assert "no LoRA is named 'x': loaded are lora1" in refusal(lambda: loras.unload("x"))
     assert loras.load(adapter, 2, "b") == "b"
     assert loras.active == {"lora1": 1.0, "b": 2.0}
-    assert loras.key == ((adapter.digest, 1.0), (adapter.digest, 2.0))
+    assert loras.key() == ((adapter.digest, 1.0), (adapter.digest, 2.0))
     folder = tmp_path / "style.v2"
     folder.mkdir()
     shutil.copy(files[0], folder / "some.safetensors")

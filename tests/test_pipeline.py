@@ -398,7 +398,9 @@ def test_long_prompts_go_on_in_windows(pipe: Pipeline, reference: Any) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_name_their_component(tiny: Path, component: str, named: str, value: float) -> None:
     broken = Pipeline.from_pretrained(tiny, dtype="float32")
-    module = broken.components.text_encoders[0] if component == "text_encoder" else getattr(broken.components, component)
+    module = (
+        broken.components.text_encoders[0] if component == "text_encoder" else getattr(broken.components, component)
+    )
     list(module.parameters())[-1].data = torch.full_like(list(module.parameters())[-1], value)
     with pytest.raises(fastsd.NumericError, match=f"{named} produced NaN or Inf"):
         broken(PROMPT, num_inference_steps=2)

@@ -128,7 +128,7 @@ def test_on_the_command_line(
         assert main([*sized, "-o", str(tmp_path / f"{name}.png"), *options]) == 0
         images.append(json.loads(capsys.readouterr().out)["images"][0])
     recipe = read_recipe(tmp_path / "half.png")
-    assert list(recipe["loras"].values()) == [0.5]
+    assert list(recipe["extra"]["loras"].values()) == [0.5]
     assert len({(tmp_path / f"{name}.png").read_bytes()[-400:] for name in ("plain", "full", "half")}) == 3
     assert main([*sized, "-o", str(tmp_path / "x.png"), "--lora", str(tmp_path / "none.safetensors")]) == 2
     assert re.search("none.safetensors", capsys.readouterr().err)

@@ -335,7 +335,7 @@ def test_names_and_shapes_at_full_size(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(single_file, "_cached", lambda repo: None)
 
     source = single_file.source(path, config="sdxl-turbo" if name == "sdxl-turbo" else None)
-    assert source.index == PRESETS[name].index
+    assert source.index == {**PRESETS[name].index, "_fastsd": PRESETS[name].defaults}
     assert source.config("scheduler") == PRESETS[name].configs["scheduler"]
     for part, module in modules.items():
         assert source.config(part) == PRESETS[name].configs[part]
@@ -591,7 +591,7 @@ def test_flux_equals_the_converter(stored: torch.dtype, prefix: str, tmp_path: P
         (tmp_path / "config" / part / "model.safetensors").touch()
     source = single_file.source(path, config=tmp_path / "config")
     # As a file without guidance is schnell, and one with it dev.
-    assert source.index == PRESETS["flux-dev"].index
+    assert source.index == {**PRESETS["flux-dev"].index, "_fastsd": PRESETS["flux-dev"].defaults}
     module = Bag(expected)
     source.load(module, "transformer", torch.bfloat16, torch.device("cpu"))
     loaded = module.state_dict()
@@ -687,7 +687,7 @@ def test_config_in_part_and_marks_in_the_file(tmp_path: Path, caplog: pytest.Log
     shapes = {f"{LDM}input_blocks.0.0.weight": [320, 4, 3, 3], f"{LDM}label_emb.0.0.weight": [1280, 2816]}
     shapes |= {f"{prefix}x": [1] for _, prefix in PLACES["sdxl"].values()}
     plain = single_file.source(write_header(tmp_path / "plain.safetensors", shapes))
-    assert plain.index == PRESETS["sdxl"].index
+    assert plain.index == {**PRESETS["sdxl"].index, "_fastsd": PRESETS["sdxl"].defaults}
     assert plain.config("scheduler")["prediction_type"] == "epsilon"
     path = write_header(tmp_path / "v.safetensors", {**shapes, "v_pred": [0], "ztsnr": [0]})
     assert single_file.source(path).config("scheduler").items() >= {
