@@ -113,7 +113,8 @@ class FluxTransformer(nn.Module):
 
         def embed(rows: Tensor) -> Tensor:
             # diffusers' pipeline divides and its model multiplies again, which is not always the same timestep.
-            return self.time_text_embed(rows.float() / 1000 * 1000, pooled, guidance)
+            embedding: Tensor = self.time_text_embed(rows.float() / 1000 * 1000, pooled, guidance)
+            return embedding
 
         return Constants(
             modulation_rows(self._modulations, embed, timesteps),

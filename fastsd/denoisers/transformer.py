@@ -122,7 +122,7 @@ class TimeTextEmbedding(nn.Module):
         self.text_embedder = TimestepEmbedding(pooled_dim, dim)
 
     def forward(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """[rows, B], [B, pooled_dim], guidance in thousandths [B] -> [rows, B, D]."""
+        """[rows, B], [B, pooled_dim], guidance scale times 1000 [B] -> [rows, B, D]."""
         dtype = self.text_embedder.linear_1.weight.dtype
 
         def sinusoids(values: Tensor) -> Tensor:
@@ -218,8 +218,8 @@ class JointAttention(Projections):
     def forward(self, image: Tensor, text: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Image [B, image tokens, D] and text [B, text tokens, D] -> the same, no text without `text_out`.
 
-        Joined by `torch.cat`, not by writing into slices of a buffer: run as it is, both take the same time, but of
-        `cat` compilers make direct writes, and exporters an operator, where a slice becomes a scatter.
+        Joined by `torch.cat`, not by writing into slices of a buffer: uncompiled on a CPU both take the same time, but
+        Inductor lets what it fuses write straight into the result, and a graph gets one node, not a scatter per slice.
         """
         kinds = [(image, self.qkv), (text, self.text_qkv)][:: -1 if self.text_first else 1]
         sizes = [x.shape[1] for x, _ in kinds]
