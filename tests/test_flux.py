@@ -211,9 +211,9 @@ def test_forward_is_pure_and_waits_for_nothing() -> None:
     assert all(map(torch.equal, arguments, before))
     copying = ("aten::cat", "aten::clone", "aten::copy_", "aten::_to_copy", "aten::_local_scalar_dense")
     copies = [name for name in operations.names if name in copying]
-    # Latents to patches, queries, keys and values of both kinds in each of two layers, text and image as one,
-    # attention and perceptron in each of three single layers, patches to latents.
-    assert copies == ["aten::clone", *["aten::cat"] * (6 + 1 + 3), "aten::clone"]
+    # Latents to patches, queries, keys and values of both kinds in each of two layers, text and image as one (attention
+    # and perceptron of the single layers are not joined), patches to latents.
+    assert copies == ["aten::clone", *["aten::cat"] * (6 + 1), "aten::clone"]
 
 
 class Operations(TorchDispatchMode):
