@@ -57,7 +57,10 @@ def modules_after(statement: str) -> set[str]:
         "import fastsd",
         "import fastsd.cli",
         "import fastsd.cli.generate",
+        "import fastsd.cli.models",
         "import fastsd.sampling.loop",
+        "import fastsd.tokenizer",
+        "import fastsd.random_weights, fastsd.lora, fastsd.text",
         "fastsd_kernels",
     ],
 )

@@ -14,6 +14,7 @@ import torch
 import transformers
 from test_unet import SD15, SD21_768_V, SDXL_BASE
 
+from fastsd import families
 from fastsd.cli.models import COLUMNS, models
 from fastsd.presets import PRESETS, Preset, TokenizerFacts, find
 
@@ -160,6 +161,18 @@ PUBLISHED_GB = {
     ("sd35-large", "transformer"): (16.29, 2),
     ("flux-dev", "transformer"): (23.80, 2),
 }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_our_denoisers_have_the_names_and_shapes_of_diffusers(name: str) -> None:
+    """At full size, built from the published configuration: so a published checkpoint loads strictly."""
+    preset = PRESETS[name]
+    component, ours = families.family(preset.index["_class_name"]).DENOISER
+    theirs = getattr(diffusers, preset.index[component][1])
+    with torch.device("meta"):
+        states = [ours(preset.configs[component]), theirs.from_config(dict(preset.configs[component]))]
+    names, expected = ({key: value.shape for key, value in module.state_dict().items()} for module in states)
+    assert names == expected
 
 
 def test_sizes_are_the_published_ones() -> None:

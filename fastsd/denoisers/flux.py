@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -190,12 +191,14 @@ class SingleBlock(nn.Module):
         return add(x, gate, out)
 
 
+@lru_cache(maxsize=16)  # sizes
 def rotary_table(
-    axes: Sequence[int], text_tokens: int, rows: int, columns: int, device: torch.device | None = None
+    axes: tuple[int, ...], text_tokens: int, rows: int, columns: int, device: torch.device | None = None
 ) -> Tensor:
     """Cosines and sines of the angles of all tokens, [2, text_tokens + rows * columns, sum(axes) / 2] in float32.
 
-    Text lies at the origin, an image token at (0, row, column). Computed in float64 as `diffusers` `FluxPosEmbed` does.
+    Text lies at the origin, an image token at (0, row, column). Computed in float64 as `diffusers` `FluxPosEmbed` does,
+    once for a size: treat the table as read-only.
     """
     positions = torch.zeros(text_tokens + rows * columns, 3, dtype=torch.float64, device=device)
     grid = positions[text_tokens:].unflatten(0, (rows, columns))
