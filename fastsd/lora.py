@@ -26,8 +26,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from fastsd import checkpoint
 from fastsd.errors import InputError
+from fastsd.files import PICKLES, few, list_folder, one_line
+from fastsd.hub import hub_failure, one_revision, refuse_hub, transport_errors
+from fastsd.tensors import read_header, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -178,7 +180,7 @@ def find(path_or_id: str | os.PathLike[str], *, weight_name: str | None = None, 
         raise InputError(f"the weight_name {weight_name!r} is not right: give the name of a .safetensors file in it")
     path = Path(os.path.expanduser(text))
     exists = bool(text) and os.path.lexists(path)
-    if exists or path.suffix.lower() in (*checkpoint._PICKLES, ".safetensors"):
+    if exists or path.suffix.lower() in (*PICKLES, ".safetensors"):
         if revision is not None:
             raise InputError(f"{text!r} is a local path and has no revision {revision!r}: leave the revision out")
         if path.is_dir():
@@ -189,13 +191,13 @@ def find(path_or_id: str | os.PathLike[str], *, weight_name: str | None = None, 
     if isinstance(path_or_id, str):
         repo, at, pinned = text.partition("@")
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
-            return _download(repo, checkpoint._one_revision(text, at, pinned, revision), weight_name)
+            return _download(repo, one_revision(text, at, pinned, revision), weight_name)
     raise InputError(f"there is no LoRA {text!r}: pass a .safetensors file, a folder with one, or a hub id (org/name)")
 
 
 def _checked_file(path: Path) -> Path:
     suffix = path.suffix.lower()
-    if suffix in checkpoint._PICKLES:
+    if suffix in PICKLES:
         _refuse_pickle(str(path))
     if not path.is_file():
         reason = "is a broken link" if path.is_symlink() else "does not exist"
@@ -208,7 +210,7 @@ def _checked_file(path: Path) -> Path:
 def _in_folder(folder: Path, weight_name: str | None, where: str) -> Path:
     if weight_name is not None and (folder / weight_name).is_file():
         return folder / weight_name
-    return _checked_file(folder / _choose(checkpoint._list(folder), weight_name, where))
+    return _checked_file(folder / _choose(list_folder(folder), weight_name, where))
 
 
 def _refuse_pickle(name: str) -> NoReturn:
@@ -225,7 +227,7 @@ def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
     if weight_name is not None:
         if weight_name in names:
             return weight_name
-        raise InputError(f"{where} has no {weight_name!r} but {checkpoint._few(found)}: give one that it has")
+        raise InputError(f"{where} has no {weight_name!r} but {few(found)}: give one that it has")
     if "model_index.json" in inside:
         raise InputError(f"{where} is a whole checkpoint and no LoRA: pass it as the model, or give weight_name")
     if _PREFERRED in found:
@@ -233,27 +235,23 @@ def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(
-            f"{where} has {len(found)} safetensors files ({checkpoint._few(found)}): say which with weight_name"
-        )
-    pickles = [name for name in inside if name.endswith(checkpoint._PICKLES)]
+        raise InputError(f"{where} has {len(found)} safetensors files ({few(found)}): say which with weight_name")
+    pickles = [name for name in inside if name.endswith(PICKLES)]
     if pickles:
         _refuse_pickle(pickles[0])
-    raise InputError(f"{where} has no safetensors file but {checkpoint._few(inside)}: pass the folder that has one")
+    raise InputError(f"{where} has no safetensors file but {few(inside)}: pass the folder that has one")
 
 
 def _download(repo: str, revision: str | None, weight_name: str | None) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RevisionNotFoundError,
     )
 
     where = f"the hub model {repo!r}"
-    transport: tuple[type[Exception], ...] = (OSError, RuntimeError, HfHubHTTPError.__mro__[1])  # see checkpoint.py
     try:
         info = HfApi(library_name="fastsd").model_info(repo, revision=revision, timeout=10)
         name = _choose([sibling.rfilename for sibling in info.siblings or []], weight_name, where)
@@ -266,16 +264,16 @@ def _download(repo: str, revision: str | None, weight_name: str | None) -> Path:
         failure: Exception = error
     except EntryNotFoundError:
         raise InputError(f"{where} has no {weight_name!r}: give the name of a file that it has") from None
-    except transport as error:
+    except transport_errors() as error:
         failure = error
     if not constants.HF_HUB_OFFLINE:
-        logger.warning("%s; looking for a cached copy of %s", checkpoint._failure(failure), repo)
+        logger.warning("%s; looking for a cached copy of %s", hub_failure(failure), repo)
     try:
         wanted = "*.safetensors" if weight_name is None else glob.escape(weight_name)
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[wanted]))
         return _in_folder(folder, weight_name, f"the cached copy of {repo!r}")
     except LocalEntryNotFoundError:
-        checkpoint._refuse_hub(repo, revision, failure)
+        refuse_hub(repo, revision, failure)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     where = repr(str(path))
     tensors: dict[str, Tensor] = {}
-    for name, tensor in checkpoint._read(checkpoint._header(path)):
+    for name, tensor in read_tensors(read_header(path)):
         # float8 has next to no arithmetic, and bfloat16 holds all its values.
         copied = tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor.clone()
         if not (copied.is_floating_point() or _ALPHA.fullmatch(name)):
@@ -379,17 +377,17 @@ def _plain(source: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for pattern, what in _OTHER_KINDS.items():
         found = [name for name in tensors if re.search(pattern, name)]
         if found:
-            raise InputError(f"{source!r} {what} ({checkpoint._few(found, 2)}): use a plain LoRA")
+            raise InputError(f"{source!r} {what} ({few(found, 2)}): use a plain LoRA")
     downs, ups, biases, alphas = (
         {match["stem"]: name for name in tensors if (match := pattern.fullmatch(name))}
         for pattern in (_DOWN, _UP, _BIAS, _ALPHA)
     )
     known = {name for names in (downs, ups, biases, alphas) for name in names.values()}
     if unknown := [name for name in tensors if name not in known]:
-        what = f"{len(unknown)} of {len(tensors)} tensors are none of a LoRA: {checkpoint._few(unknown, 2)}"
+        what = f"{len(unknown)} of {len(tensors)} tensors are none of a LoRA: {few(unknown, 2)}"
         raise InputError(f"{source!r} is not a plain LoRA ({what}): pass a LoRA for {', '.join(_MODELS)}")
     if not downs:
-        raise InputError(f"{source!r} holds no LoRA matrices but {checkpoint._few(tensors, 2)}: pass a LoRA")
+        raise InputError(f"{source!r} holds no LoRA matrices but {few(tensors, 2)}: pass a LoRA")
     for stem in [*(downs.keys() ^ ups.keys()), *(biases.keys() - ups.keys()), *(alphas.keys() - downs.keys())]:
         raise InputError(f"the layer {stem!r} of {source!r} is not complete: a LoRA has two matrices a layer")
     for stem, name in downs.items():
@@ -459,7 +457,7 @@ def _convert(source: str, family: str, tensors: Mapping[str, Tensor]) -> dict[st
     try:
         converted = getattr(loaders, _CONVERTERS[family]).lora_state_dict(traced, **options)
     except Exception as error:  # whatever a converter makes of names that it does not expect
-        reason = f"{type(error).__name__}: {checkpoint._one_line(error)[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise InputError(
             f"diffusers cannot convert {source!r} for {family!r} ({reason}): use a LoRA in the layout of diffusers"
         ) from error
@@ -473,7 +471,7 @@ def _convert(source: str, family: str, tensors: Mapping[str, Tensor]) -> dict[st
     if lost:
         raise InputError(
             f"{len(lost)} matrices of {source!r} are in no layout that diffusers converts for {family!r} "
-            f"({checkpoint._few(lost, 2)}): use a LoRA without them"
+            f"({few(lost, 2)}): use a LoRA without them"
         )
     return {name: tensor.as_subclass(torch.Tensor) for name, tensor in state.items() if not _ALPHA.fullmatch(name)}
 
@@ -509,7 +507,7 @@ def _deltas(
     if unknown:
         raise InputError(
             f"{len(unknown)} matrices of {source!r} are in no layout that diffusers converts for {family!r} "
-            f"({checkpoint._few(unknown, 2)}): use a LoRA in the layout of diffusers"
+            f"({few(unknown, 2)}): use a LoRA in the layout of diffusers"
         )
     _check_settings(source, settings)
     deltas: dict[str, dict[str, Delta]] = {}
@@ -612,7 +610,7 @@ def check(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[Place, Del
                 released.append(f"{component}.{target}")
             targets[component, target] = delta
     problems = [
-        f"{len(names)} {what}: {checkpoint._few(names, 3)}"
+        f"{len(names)} {what}: {few(names, 3)}"
         for what, names in (
             ("layers that the model lacks", missing),
             ("layers of another shape", misshapen),
@@ -689,7 +687,7 @@ class Loras:
             InputError: no adapter has this name.
         """
         if name is not None and name not in self._entries:
-            raise InputError(f"no LoRA is named {name!r}: loaded are {checkpoint._few(self._entries)}")
+            raise InputError(f"no LoRA is named {name!r}: loaded are {few(self._entries)}")
         self._become({} if name is None else {key: entry for key, entry in self._entries.items() if key != name})
 
     def _become(self, entries: dict[str, _Entry]) -> None:

@@ -74,7 +74,7 @@ def _fill(
 
     # Drawn on the CPU in float32 for all devices and dtypes.
     ring = torch.randn(RING, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    ties = checkpoint._ties(module)
+    ties = checkpoint.ties(module)
     state: dict[str, torch.Tensor] = {}
     for name, meta in module.state_dict().items():
         if name in state:
@@ -95,7 +95,7 @@ def _fill(
         state.update(dict.fromkeys(aliases, shared))
     module.requires_grad_(False).eval()
     module.load_state_dict(state, assign=True)
-    checkpoint._place_buffers(module, device)
+    checkpoint.place_buffers(module, device)
 
 
 def _wind(ring: torch.Tensor, start: int, std: float, out: torch.Tensor) -> None:

@@ -25,7 +25,10 @@ from torch import Tensor
 
 from fastsd import checkpoint, tokenizer
 from fastsd.errors import InputError
+from fastsd.files import PICKLES, few, list_folder, one_line
+from fastsd.hub import MOVED, one_revision, refuse_hub, transport_errors
 from fastsd.presets import PRESETS, Preset
+from fastsd.tensors import open_file, read_header
 from fastsd.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -138,8 +141,8 @@ def source(path: str | os.PathLike[str], *, config: str | os.PathLike[str] | Non
     prefixes: dict[str, str] = {}  # of the tensors of each component in the file
     elsewhere: dict[str, Path] = {}  # where the weights of the others are
     absent: list[str] = []
-    for component in checkpoint._components(index):
-        if not checkpoint._has_weights(index, component):
+    for component in checkpoint.loaded_components(index):
+        if not checkpoint.has_weights(index, component):
             continue
         known = _PREFIXES.get(index[component][1]) or _PREFIXES.get(component, ())
         prefix = next((prefix for prefix in known if any(name.startswith(prefix) for name in tensors)), None)
@@ -284,8 +287,8 @@ def _open(path: Path) -> dict[str, _Deferred]:
         )
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder: pass it to Pipeline.from_pretrained")
-    if path.suffix.lower() in checkpoint._PICKLES:
-        checkpoint._refuse_file(path)
+    if path.suffix.lower() in PICKLES:
+        checkpoint.refuse_file(path)
     if path.suffix.lower() == ".gguf":
         raise InputError(
             f"{str(path)!r} is quantised (GGUF), which is not run here: use the safetensors file of the model"
@@ -293,10 +296,10 @@ def _open(path: Path) -> dict[str, _Deferred]:
     if not path.is_file():
         reason = "is a broken link" if path.is_symlink() else "does not exist"
         raise InputError(f"{str(path)!r} {reason}: pass the path of a safetensors file")
-    stored = checkpoint._header(path)
+    stored = read_header(path)
     if not stored:
         raise InputError(f"{str(path)!r} holds no tensors: use the file of a model")
-    read = checkpoint._open(path)
+    read = open_file(path)
 
     quantised = [name for name in stored if _QUANTISED.search(name)]
     quantised += [
@@ -306,7 +309,7 @@ def _open(path: Path) -> dict[str, _Deferred]:
     ]
     if quantised:
         raise InputError(
-            f"{str(path)!r} is quantised ({checkpoint._few(quantised, 3)}), which is not run here: use the "
+            f"{str(path)!r} is quantised ({few(quantised, 3)}), which is not run here: use the "
             "model in float16, bfloat16 or plain float8"
         )
 
@@ -344,7 +347,7 @@ def _refuse_other(path: Path, names: Mapping[str, Any], supported: str) -> NoRet
     for pattern, what in _OTHERS.items():
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{str(path)!r} seems to be {what}; {supported}")
-    raise InputError(f"{str(path)!r} is no model known here (it holds {checkpoint._few(names, 3)}): {supported}")
+    raise InputError(f"{str(path)!r} is no model known here (it holds {few(names, 3)}): {supported}")
 
 
 def _convert(
@@ -374,7 +377,7 @@ def _convert(
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"the weights {where} are not those of a {class_name} ({type(error).__name__}: "
-            f"{checkpoint._one_line(error)}): pass the config= that belongs to the file"
+            f"{one_line(error)}): pass the config= that belongs to the file"
         ) from error
     expected = module.state_dict()
     if prefix == "text_encoders.clip_l.transformer." and "text_projection.weight" in expected:
@@ -421,7 +424,7 @@ def _configured(config: str | os.PathLike[str], preset: Preset | None) -> _Origi
     if text and folder.is_dir():
         whole = preset is None or (folder / "model_index.json").is_file()
         if not whole and not any((folder / component).is_dir() for component in (preset.index if preset else ())):
-            held = checkpoint._few(checkpoint._list(folder))
+            held = few(list_folder(folder))
             raise InputError(f"config= {text!r} holds no component but {held}: pass {_CONFIG}")
         return _Origin(preset, folder, named=True)
     if isinstance(config, str):
@@ -430,9 +433,7 @@ def _configured(config: str | os.PathLike[str], preset: Preset | None) -> _Origi
                 return _Origin(one, None if one.hub else checkpoint.resolve(one.name), named=True)
         repo, at, revision = text.partition("@")
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
-            return _Origin(
-                preset, _configurations(repo, checkpoint._one_revision(text, at, revision, None)), named=True
-            )
+            return _Origin(preset, _configurations(repo, one_revision(text, at, revision, None)), named=True)
     raise InputError(f"config= {text!r} is no existing folder, preset or hub id: pass {_CONFIG}")
 
 
@@ -467,23 +468,22 @@ def _refuse_incomplete(path: Path, absent: list[str], folder: Path | None, origi
 
 def _current(hub: str) -> str:
     """The hub id where a repository is today."""
-    return checkpoint._MOVED.get(hub, hub)
+    return MOVED.get(hub, hub)
 
 
 def _configurations(repo: str, revision: str | None) -> Path:
     """Configurations and tokenizers of a hub repository, downloaded or cached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
-    transport: tuple[type[Exception], ...] = (OSError, RuntimeError, HfHubHTTPError.__mro__[1])  # see checkpoint
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"]))
     except HFValidationError:
         raise InputError(f"{repo!r} is no valid hub id: write it as org/name, as in its address") from None
     except RevisionNotFoundError:
         raise InputError(f"the hub model {repo!r} has no revision {revision!r}: use a branch, tag or commit") from None
-    except transport as error:
-        checkpoint._refuse_hub(repo, revision, error)
+    except transport_errors() as error:
+        refuse_hub(repo, revision, error)
 
 
 def _cached(repo: str) -> Path | None:
@@ -500,4 +500,4 @@ def _cached(repo: str) -> Path | None:
 
 
 def _holds_weights(folder: Path, component: str) -> bool:
-    return bool(checkpoint._weight_sets(path.name for path in (folder / component).glob("*")))
+    return bool(checkpoint.weight_sets(path.name for path in (folder / component).glob("*")))

@@ -8,7 +8,6 @@ checkpoints hold a tokenizer: `vocab.json` + `merges.txt`, `tokenizer.json`, `sp
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import struct
@@ -24,6 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from fastsd.errors import InputError
+from fastsd.files import one_line, read_json
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(
             f"{str(folder)!r} is no {kind.name} tokenizer ({reason}): download the checkpoint again"
         ) from error
@@ -382,7 +382,7 @@ def _read_sentencepiece(path: Path) -> _SentencePiece:
         raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
     except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
         raise InputError(
-            f"{str(path)!r} is truncated or no SentencePiece model ({_one_line(error)}): download it again"
+            f"{str(path)!r} is truncated or no SentencePiece model ({one_line(error)}): download it again"
         ) from None
     if trainer.get(3, 1) != 1:
         kind = _MODEL_TYPES.get(trainer[3], trainer[3])
@@ -468,20 +468,4 @@ def _checked_charsmap(charsmap: bytes) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} is not valid JSON ({_one_line(error)}): restore the file") from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{str(path)!r} holds a JSON {type(value).__name__} where an object is needed: restore the file"
-        )
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return read_json(path) if path.exists() else {}

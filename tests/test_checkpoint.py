@@ -29,7 +29,7 @@ from refusals import refusal
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import load_file, save_file
 
-from fastsd import checkpoint
+from fastsd import checkpoint, tensors
 from fastsd.checkpoint import (
     load_state_dict,
     load_weights,
@@ -40,6 +40,7 @@ from fastsd.checkpoint import (
 )
 from fastsd.errors import InputError
 from fastsd.presets import PRESETS
+from fastsd.tensors import read_tensors
 
 STEM = "diffusion_pytorch_model"
 TENSORS = save_numpy({"weight": np.arange(6, dtype=np.float32).reshape(2, 3)})
@@ -742,7 +743,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     write(tmp_path, {"unet/config.json": b"{}", UNET: TENSORS})
     monkeypatch.setattr(Path, "read_text", denied)
-    monkeypatch.setattr(checkpoint, "open", denied, raising=False)
+    monkeypatch.setattr(tensors, "open", denied, raising=False)
     assert "Permission denied" in refusal(lambda: read_config(tmp_path, "unet"))
     assert "Permission denied" in refusal(lambda: load_state_dict(tmp_path, "unet"))
     monkeypatch.setattr(os, "listdir", denied)
@@ -947,7 +948,7 @@ def test_load_weights_reads_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest
     """Every source tensor is gone before the next but one is read: host memory holds no second copy."""
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    read = checkpoint._read
+    read = read_tensors
 
     def watched(places: Any) -> Iterator[tuple[str, torch.Tensor]]:
         nonlocal most
@@ -958,7 +959,7 @@ def test_load_weights_reads_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest
             del tensor
 
     unet().save_pretrained(tmp_path / "unet")
-    monkeypatch.setattr(checkpoint, "_read", watched)
+    monkeypatch.setattr(checkpoint, "read_tensors", watched)
     with torch.device("meta"):
         model = unet()
     load_weights(model, tmp_path, "unet", torch.bfloat16, "cpu")

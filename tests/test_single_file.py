@@ -25,6 +25,7 @@ import fastsd
 from fastsd import checkpoint, single_file
 from fastsd.errors import InputError
 from fastsd.presets import PRESETS
+from fastsd.tensors import open_file, read_header
 
 State = dict[str, Tensor]
 
@@ -880,8 +881,8 @@ def test_load_is_strict(case: str, tmp_path: Path) -> None:
 def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
     """So that a model which the host cannot hold is still read to a device tensor by tensor."""
     path = write_header(tmp_path / "large.safetensors", {"weight": [2**19, 2**20], "bias": [7]})  # 1 TiB, a hole
-    stored = checkpoint._header(path)
-    assert torch.equal(checkpoint._open(path)(stored["bias"]), torch.zeros(7, dtype=torch.float16))
+    stored = read_header(path)
+    assert torch.equal(open_file(path)(stored["bias"]), torch.zeros(7, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
@@ -895,10 +896,10 @@ def test_tensors_at_odd_places(dtype: torch.dtype, tmp_path: Path) -> None:
     text += b" " * (len(text) % 2 == 0)
     path = tmp_path / "odd.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    stored = checkpoint._header(path)["weight"]
+    stored = read_header(path)["weight"]
     assert stored.begin % 2
-    assert torch.equal(checkpoint._open(path)(stored), tensor)
-    assert torch.equal(checkpoint._open(path)(stored) + 1, tensor + 1)
+    assert torch.equal(open_file(path)(stored), tensor)
+    assert torch.equal(open_file(path)(stored) + 1, tensor + 1)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
