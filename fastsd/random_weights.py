@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,10 @@ def _fill(
         if name in state:
             continue
         if name == _POSITIONS:
-            state[name] = _positions(meta.shape, config["sample_size"] // config["patch_size"], dtype, device)
+            from fastsd.denoisers.sd3 import position_table
+
+            side, base = math.isqrt(meta.shape[1]), config["sample_size"] // config["patch_size"]
+            state[name] = position_table(meta.shape[2], side, base, dtype, device).view(meta.shape)
             continue
         tensor = torch.empty(meta.shape, dtype=dtype, device=device)
         mean, std = _law(module, name, meta.shape)
@@ -132,25 +136,3 @@ def _law(module: torch.nn.Module, name: str, shape: torch.Size) -> tuple[float, 
         attention: Any = module.get_submodule(path.removesuffix(".q"))
         variance /= attention.key_value_proj_dim
     return 0.0, variance**0.5
-
-
-def _positions(shape: torch.Size, base: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Sines and cosines of column and row, [1, size * size, dim] (`diffusers` `get_2d_sincos_pos_embed`).
-
-    Half of the channels depend on the column alone and half on the row, so the float64 table has one of its sides only.
-
-    Args:
-        shape: of the table.
-        base: rows of the training size, in patches: positions are in units in which the table is `base` wide.
-    """
-    import torch
-
-    dim, size = shape[2], int(shape[1] ** 0.5)
-    at = torch.arange(size, dtype=torch.float32) / (size / base)
-    frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.outer(at, frequencies)
-    one = torch.cat([angles.sin(), angles.cos()], dim=1).to(device, dtype)  # [size, dim / 2]
-    table = torch.empty(size, size, dim, dtype=dtype, device=device)
-    table[..., : dim // 2] = one
-    table[..., dim // 2 :] = one[:, None]
-    return table.view(shape)

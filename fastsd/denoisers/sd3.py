@@ -167,16 +167,21 @@ class PatchEmbed(nn.Module):
         return middle
 
 
-def position_table(dim: int, size: int, base_size: int) -> Tensor:
-    """Sinusoids of column and row [size, size, dim] in float32, scaled as if the grid had `base_size` positions.
+def position_table(
+    dim: int, size: int, base_size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """Sinusoids of column and row [size, size, dim], scaled as if the grid had `base_size` positions.
 
+    Half of the channels depend on the column alone and half on the row, so only one side is computed (in float64).
     Source: `diffusers` `get_2d_sincos_pos_embed`.
     """
     frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angles = torch.outer(torch.arange(size, dtype=torch.float32) / (size / base_size), frequencies)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [size, dim / 2]
-    columns, rows = axis[None].expand(size, -1, -1), axis[:, None].expand(-1, size, -1)
-    return torch.cat([columns, rows], dim=-1)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1).to(device, dtype)  # [size, dim / 2]
+    table = torch.empty(size, size, dim, dtype=dtype, device=device)
+    table[..., : dim // 2] = axis
+    table[..., dim // 2 :] = axis[:, None]
+    return table
 
 
 _DEFAULTS: dict[str, Any] = {  # those of diffusers.SD3Transformer2DModel
