@@ -17,76 +17,10 @@ from fastsd.checkpoint import Source
 from fastsd.denoisers.unet import UNet
 from fastsd.errors import InputError
 from fastsd.presets import PRESETS, Preset
+from fastsd_benchmarks.narrow import WIDTHS, narrow
 
 CPU = torch.device("cpu")
 PRECISIONS = [torch.bfloat16, torch.float32]
-
-# Widths that a test can afford, by class; "depth" is what the quick tests narrow as well.
-TEXT, POOLED, VOCABULARY = 64, 40, 1000
-UNET = {"attention_head_dim": 2, "norm_num_groups": 8, "cross_attention_dim": TEXT}
-ADDED = {"addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": POOLED + 6 * 16}
-CLIP = {
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "projection_dim": POOLED,
-    "vocab_size": VOCABULARY,
-}
-NARROW: dict[str, dict[str, Any]] = {
-    "UNet2DConditionModel": UNET,
-    "AutoencoderKL": {"block_out_channels": [16, 32, 64, 64], "norm_num_groups": 8},
-    "CLIPTextModel": CLIP,
-    "CLIPTextModelWithProjection": CLIP,
-    "T5EncoderModel": {"d_model": TEXT, "d_ff": 160, "d_kv": 16, "num_heads": 4, "vocab_size": VOCABULARY},
-    "SD3Transformer2DModel": {
-        "attention_head_dim": 16,
-        "num_attention_heads": 4,
-        "caption_projection_dim": 64,
-        "joint_attention_dim": TEXT,
-        "pooled_projection_dim": POOLED,
-        "pos_embed_max_size": 32,
-    },
-    "FluxTransformer2DModel": {
-        "attention_head_dim": 32,
-        "axes_dims_rope": [8, 12, 12],
-        "num_attention_heads": 4,
-        "joint_attention_dim": TEXT,
-        "pooled_projection_dim": POOLED,
-    },
-}
-SHALLOW: dict[str, dict[str, Any]] = {
-    "UNet2DConditionModel": {"layers_per_block": 1},
-    "AutoencoderKL": {"layers_per_block": 1},
-    "CLIPTextModel": {"num_hidden_layers": 3},
-    "CLIPTextModelWithProjection": {"num_hidden_layers": 3},
-    "T5EncoderModel": {"num_layers": 3},
-    "SD3Transformer2DModel": {"num_layers": 3},
-    "FluxTransformer2DModel": {"num_layers": 2, "num_single_layers": 2},
-}
-
-
-def narrow(name: str, *, full_depth: bool = False) -> Preset:
-    """A preset with all its structure at a width (and, if not `full_depth`, a depth) that a test can afford."""
-    preset = PRESETS[name]
-    configs = {}
-    for component, config in preset.configs.items():
-        kind = preset.index[component][1]
-        configs[component] = {**config, **NARROW.get(kind, {}), **({} if full_depth else SHALLOW.get(kind, {}))}
-        if kind == "UNet2DConditionModel":
-            configs[component]["block_out_channels"] = [32, 64, 128, 128][: len(config["block_out_channels"])]
-            configs[component].update(ADDED if "addition_embed_type" in config else {})
-        if "dual_attention_layers" in config and not full_depth:
-            configs[component]["dual_attention_layers"] = [0, 1]
-    tokenizers = {
-        component: facts._replace(
-            vocab_size=VOCABULARY,
-            bos=None if facts.bos is None else VOCABULARY - 2,
-            eos=min(facts.eos, VOCABULARY - 1),
-            pad=min(facts.pad, VOCABULARY - 1),
-        )
-        for component, facts in preset.tokenizers.items()
-    }
-    return dataclasses.replace(preset, configs=configs, tokenizers=tokenizers)
 
 
 def build(preset: Preset, component: str) -> Any:
@@ -188,11 +122,13 @@ def check_denoiser(preset: Preset, dtype: torch.dtype) -> None:
     """A prediction that is finite, of unit size, not constant, and depends on all that goes in."""
     component = "unet" if "unet" in preset.configs else "transformer"
     denoiser = load(preset, component, dtype)
+    context_width, pooled_width = WIDTHS[preset.index["_class_name"]]
     channels = denoiser.config.in_channels // (4 if "Flux" in type(denoiser).__name__ else 1)
 
     def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         latents = noise(seed, 1, channels, 16, 16, dtype=dtype)
-        return latents, noise(seed + 1, 1, 77, TEXT, dtype=dtype), noise(seed + 2, 1, POOLED, dtype=dtype)
+        text, pooled = noise(seed + 1, 1, 77, context_width, dtype=dtype), noise(seed + 2, 1, pooled_width, dtype=dtype)
+        return latents, text, pooled
 
     (latents, text, pooled), others = inputs(0), inputs(10)
     prediction = predict(denoiser, latents, 0.8, text, pooled)
@@ -292,7 +228,7 @@ def test_numbers_depend_on_component_and_name_not_on_order() -> None:
     expected = oracle.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
 
-    latents, text = noise(0, 1, 4, 16, 16, dtype=torch.float32), noise(1, 1, 77, TEXT, dtype=torch.float32)
+    latents, text = noise(0, 1, 4, 16, 16, dtype=torch.float32), noise(1, 1, 77, 64, dtype=torch.float32)
     with torch.inference_mode():
         constants = ours.prepare(torch.tensor([[500.0]]), text)
         prediction = ours(latents, constants.modulation[0], constants.context)
