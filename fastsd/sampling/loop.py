@@ -73,7 +73,8 @@ def denoise(
     Args:
         denoiser: `denoiser(model_input, row) -> prediction`, same shapes. When any table guides, the batch
             comes doubled, [2 * batch, ...] with the unconditional half first. It must neither change nor keep
-            its input, which the next step reuses. Predictions of lower precision are taken up to the state's.
+            its input, which the next step reuses, and must not write again to what it gave, which is kept as
+            history. Predictions of lower precision are taken up to the state's.
         latents: [batch, ...], already scaled (`initial_latents`); left unchanged. The state is float32, or
             float64 for float64 latents.
         tables: one per image. Class, length and guidance may differ; an image whose table has ended keeps its
@@ -103,12 +104,10 @@ def _run(
     batch, shape, total = len(tables), tuple(latents.shape[1:]), max(map(len, tables))
     size = math.prod(shape)
     guided = any(table.guided for table in tables)
-    # Lines start at multiples of 64 bytes: every image's product is the same call, down to the alignment.
-    lines = ops.zeros((max(map(_line_count, tables)), batch, -(-size // 16) * 16))[:, :, :size]
     groups, start = [], 0
     for _, same in groupby(tables, key=id):
         images = slice(start, start := start + len(members := list(same)))
-        groups.append(_Group(ops, members[0], images, lines[:, images]))
+        groups.append(_Group(ops, members[0], images, size))
     initial = ops.copy(latents).reshape(batch, size)
     for group in groups:
         ops.assign(group.state(0), initial[group.images])
@@ -116,7 +115,6 @@ def _run(
     flat_input = model_input.reshape(-1, size)
     # The states are the input as they are where they need no gathering, no doubling and no scale.
     as_it_is = len(groups) == 1 and not guided and bool((tables[0].input_scale == 1).all())
-    as_it_is = as_it_is and (batch == 1 or size % 16 == 0)
     row = 0
 
     def read(index: int, estimate: bool) -> Array:
@@ -145,97 +143,77 @@ def _run(
         for group in groups:
             if row >= group.rows:
                 continue
-            if guided:
-                _guide(ops, group, row, output, batch, guidance_rescale)
-            else:
-                ops.assign(group.prediction(row), output[group.images])
+            group.keep(
+                row, _guide(ops, group, row, output, batch, guidance_rescale) if guided else output[group.images]
+            )
             if group.table.draws[row]:
                 _draw(ops, group, row, noise, shape)
             group.update(row)
         yield Step(row, total, read)
 
 
-def _line_count(table: StepTable) -> int:
-    return int(1 + table.state.shape[1] + table.prediction.shape[1] + table.noise.shape[1])
-
-
 class _Group:
-    """Neighbouring images of one table. Their history is lines of a matrix, so that an update is a product.
+    """Neighbouring images of one table: their states, predictions and noises, each [images, size], newest last used.
 
-    The lines are rings of states (one more than the table's history, so that a row's own state outlives its
-    update), predictions and noises. One state's line comes first and the others last: for a history of one
-    state, the line to be written is at an end and the others are one matrix.
+    They lie in rings: what belongs to row i is in slot i modulo the ring's length. Of states there is one more than the
+    table's history, so that a row's own state outlives its update; predictions are kept as the denoiser gave them.
     """
 
-    def __init__(self, ops: _Numpy | _Torch, table: StepTable, images: slice, lines: Array) -> None:
+    def __init__(self, ops: _Numpy | _Torch, table: StepTable, images: slice, size: int) -> None:
         self.table = table
         self.images = images
         self.rows = len(table)
         self._ops = ops
-        self._lines = list(lines)  # each [images, size]
-
-        states, predictions, noises = (m.shape[1] for m in (table.state, table.prediction, table.noise))
-        first_noise = 1 + predictions
-        self._states = [0, *range(first_noise + noises, first_noise + noises + states)]
-        self._predictions = list(range(1, first_noise))
-        self._noises = list(range(first_noise, first_noise + noises))
-        weights = np.zeros((self.rows, _line_count(table)))
-        for matrix, ring in (
-            (table.state, self._states),
-            (table.prediction, self._predictions),
-            (table.noise, self._noises),
-        ):
-            for age in range(matrix.shape[1]):
-                for row in range(age, self.rows):
-                    weights[row, ring[(row - age) % len(ring)]] = matrix[row, age]
-        constants = ops.constants(weights)
-        # By row: every image's line to write with the runs of lines before and after it, and the runs'
-        # weights. Rows share views where they can, as a view costs as much as a small product.
-        self._products: list[tuple[list[tuple[Array, list[Array]]], list[Array]]] = []
-        views: dict[tuple[int, ...], list[tuple[Array, list[Array]]]] = {}
-        for row in range(self.rows):
-            target, used = self._states[(row + 1) % len(self._states)], np.flatnonzero(weights[row])
-            parts = [part for part in (used[used < target], used[used > target]) if len(part)]
-            runs = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
-            key = (target, *(bound for run in runs for bound in (run.start, run.stop)))
-            if key not in views:
-                views[key] = [(lines[target, i], [lines[run, i].T for run in runs]) for i in range(lines.shape[1])]
-            self._products.append((views[key], [constants[row, run] for run in runs]))
+        count = images.stop - images.start
+        self._states = [ops.zeros((count, size)) for _ in range(1 + table.state.shape[1])]
+        self._predictions: list[Array] = [None] * table.prediction.shape[1]
+        self._noises = [ops.zeros((count, size)) for _ in range(table.noise.shape[1])]
+        rings = (self._states, self._predictions, self._noises)
+        # By row: ring, slot and weight of all that its next state is a sum of.
+        self._terms = [
+            [
+                (ring, (row - age) % len(ring), float(weight))
+                for ring, weights in zip(rings, (table.state, table.prediction, table.noise), strict=True)
+                for age, weight in enumerate(weights[row])
+                if weight
+            ]
+            for row in range(self.rows)
+        ]
 
     def state(self, row: int) -> Array:
-        """The state that the row starts from, [images, size]; after the table's end its last."""
-        return self._lines[self._states[min(row, self.rows) % len(self._states)]]
+        """The state that the row starts from; after the table's end its last."""
+        return self._states[min(row, self.rows) % len(self._states)]
 
     def prediction(self, row: int) -> Array:
-        """The row's prediction, [images, size]."""
-        return self._lines[self._predictions[row % len(self._predictions)]]
+        """The row's prediction."""
+        return self._predictions[row % len(self._predictions)]
 
     def noise(self, row: int) -> Array:
-        """The row's noise, [images, size]."""
-        return self._lines[self._noises[row % len(self._noises)]]
+        """The row's noise."""
+        return self._noises[row % len(self._noises)]
+
+    def keep(self, row: int, prediction: Array) -> None:
+        """Take the row's prediction into the history."""
+        self._predictions[row % len(self._predictions)] = prediction
 
     def update(self, row: int) -> None:
-        """Write the next state: the row's weights times the history, image by image.
-
-        It is one call an image, of one shape and alignment: the result does not depend on the image's place.
-        """
-        images, weights = self._products[row]
-        for out, matrices in images:
-            self._ops.product(matrices, weights, out)
+        """Write the next state, the weighted sum of the row."""
+        terms = [(ring[slot], weight) for ring, slot, weight in self._terms[row]]
+        self._ops.weighted_sum(terms, self.state(row + 1))
 
 
-def _guide(ops: _Numpy | _Torch, group: _Group, row: int, output: Array, batch: int, rescale: float) -> None:
-    """Combine the halves of a group's predictions into its history."""
-    images, scale, out = group.images, float(group.table.guidance[row]), group.prediction(row)
+def _guide(ops: _Numpy | _Torch, group: _Group, row: int, output: Array, batch: int, rescale: float) -> Array:
+    """The halves of a group's predictions as one."""
+    images, scale = group.images, float(group.table.guidance[row])
     negative, positive = output[images], output[batch + images.start : batch + images.stop]
     if scale <= 1:
-        ops.assign(out, positive)
-        return
-    ops.guide(negative, positive, scale, out)
+        return positive
+    guided = ops.guide(negative, positive, scale)
     if rescale:
-        for image in range(len(out)):
-            ratio = ops.deviation(positive[image]) / ops.deviation(out[image])
-            out[image] *= 1 + rescale * (ratio - 1)
+        for image in range(len(guided)):
+            ratio = ops.deviation(positive[image]) / ops.deviation(guided[image])
+            guided[image] *= 1 + rescale * (ratio - 1)
+    return guided
 
 
 def _draw(ops: _Numpy | _Torch, group: _Group, row: int, noise: list[Noise], shape: tuple[int, ...]) -> None:
@@ -261,19 +239,15 @@ def _backend(latents: Array) -> _Numpy | _Torch:
 
 
 class _Numpy:
-    """What the loop needs of arrays."""
+    """What the loop needs of arrays. Sums are element by element, so no result depends on an element's place."""
+
+    BLOCK = 2**14  # numbers that stay in a core's cache from one term to the next
 
     def __init__(self, latents: Array) -> None:
         self._dtype = np.dtype(np.float64 if latents.dtype == np.float64 else np.float32)
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        size = math.prod(shape) * self._dtype.itemsize
-        memory = np.zeros(size + 64, dtype=np.uint8)
-        start = -memory.ctypes.data % 64
-        return memory[start : start + size].view(self._dtype).reshape(shape)
-
-    def constants(self, values: Float64) -> Array:
-        return values.astype(self._dtype)
+        return np.zeros(shape, dtype=self._dtype)
 
     def copy(self, x: Array) -> Array:
         return x.astype(self._dtype)
@@ -291,19 +265,26 @@ class _Numpy:
     def scale(self, x: Array, factor: float, out: Array) -> None:
         np.multiply(x, factor, out=out)
 
-    def product(self, matrices: list[Array], vectors: list[Array], out: Array) -> None:
-        """Sum of one or two matrix-vector products; of none, zero."""
-        if not matrices:
+    def weighted_sum(self, terms: list[tuple[Array, float]], out: Array) -> None:
+        """Sum of arrays times their weights; of none, zero."""
+        if not terms:
             out[...] = 0
             return
-        np.matmul(matrices[0], vectors[0], out=out)
-        if len(matrices) > 1:
-            out += np.matmul(matrices[1], vectors[1])
+        flat, (first, *others) = out.reshape(-1), [(array.reshape(-1), weight) for array, weight in terms]
+        product = np.empty(min(self.BLOCK, len(flat)), dtype=self._dtype)
+        for start in range(0, len(flat), self.BLOCK):
+            block = flat[start : start + self.BLOCK]
+            np.multiply(first[0][start : start + self.BLOCK], first[1], out=block)
+            for array, weight in others:
+                scaled = product[: len(block)]
+                np.multiply(array[start : start + self.BLOCK], weight, out=scaled)
+                block += scaled
 
-    def guide(self, negative: Array, positive: Array, scale: float, out: Array) -> None:
-        np.subtract(positive, negative, out=out)
-        np.multiply(out, scale, out=out)
-        np.add(negative, out, out=out)
+    def guide(self, negative: Array, positive: Array, scale: float) -> Array:
+        guided = positive - negative
+        guided *= scale
+        guided += negative
+        return guided
 
     def deviation(self, x: Array) -> Any:
         return x.std(ddof=1)
@@ -324,9 +305,6 @@ class _Torch:
         with self._torch.inference_mode(False):
             return self._torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def constants(self, values: Float64) -> Array:
-        return self._torch.from_numpy(values).to(self._device, self._dtype)
-
     def copy(self, x: Array) -> Array:
         return x.detach().to(self._dtype, copy=True)
 
@@ -342,17 +320,22 @@ class _Torch:
     def scale(self, x: Array, factor: float, out: Array) -> None:
         self._torch.mul(x, factor, out=out)
 
-    def product(self, matrices: list[Array], vectors: list[Array], out: Array) -> None:
-        """Sum of one or two matrix-vector products; of none, zero."""
-        if not matrices:
+    def weighted_sum(self, terms: list[tuple[Array, float]], out: Array) -> None:
+        """Sum of arrays times their weights; of none, zero."""
+        if not terms:
             out.zero_()
             return
-        self._torch.mv(matrices[0], vectors[0], out=out)
-        if len(matrices) > 1:
-            out.addmv_(matrices[1], vectors[1])
+        (first, weight), *others = terms
+        if weight == 1 and others:
+            (second, alpha), *others = others
+            self._torch.add(first, second, alpha=alpha, out=out)
+        else:
+            self._torch.mul(first, weight, out=out)
+        for array, alpha in others:
+            out.add_(array, alpha=alpha)
 
-    def guide(self, negative: Array, positive: Array, scale: float, out: Array) -> None:
-        self._torch.lerp(negative, positive, scale, out=out)
+    def guide(self, negative: Array, positive: Array, scale: float) -> Array:
+        return self._torch.lerp(negative, positive, scale)
 
     def deviation(self, x: Array) -> Any:
         return x.std()
