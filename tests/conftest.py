@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub; those about the hub bring their own
+# Tiny models: a second thread costs more than it does, most of all where other work runs beside the tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -1,1 +1,1 @@
-"""Fused operations, each a plain-torch reference beside a Triton kernel (they arrive with the kernels)."""
+"""Fused operations, each a plain-torch reference beside a Triton kernel: `fastsd_kernels.geglu.geglu`, and so on."""
