@@ -167,7 +167,7 @@ class _Group:
         count = images.stop - images.start
         self._states = [ops.zeros((count, size)) for _ in range(1 + table.state.shape[1])]
         self._predictions: list[Array] = [None] * table.prediction.shape[1]
-        self._noises = [ops.zeros((count, size)) for _ in range(table.noise.shape[1])]
+        self._noises: list[Array] = [None] * table.noise.shape[1]
         rings = (self._states, self._predictions, self._noises)
         # By row: ring, slot and weight of all that its next state is a sum of.
         self._terms = [
@@ -188,13 +188,13 @@ class _Group:
         """The row's prediction."""
         return self._predictions[row % len(self._predictions)]
 
-    def noise(self, row: int) -> Array:
-        """The row's noise."""
-        return self._noises[row % len(self._noises)]
-
     def keep(self, row: int, prediction: Array) -> None:
         """Take the row's prediction into the history."""
         self._predictions[row % len(self._predictions)] = prediction
+
+    def keep_noise(self, row: int, noise: Array) -> None:
+        """Take the row's noise into the history."""
+        self._noises[row % len(self._noises)] = noise
 
     def update(self, row: int) -> None:
         """Write the next state, the weighted sum of the row."""
@@ -218,13 +218,13 @@ def _guide(ops: _Numpy | _Torch, group: _Group, row: int, output: Array, batch: 
 
 def _draw(ops: _Numpy | _Torch, group: _Group, row: int, noise: list[Noise], shape: tuple[int, ...]) -> None:
     """Draw a group's noises into its history."""
-    for i, image in enumerate(range(group.images.start, group.images.stop)):
-        drawn = noise[image](shape)
-        if tuple(drawn.shape) != shape:
-            raise ValueError(f"the noise source of image {image} gave shape {tuple(drawn.shape)}, not {shape}")
-        # A last row's draw may have no weight: only the stream moves on.
-        if group.table.noise.shape[1]:
-            ops.assign(group.noise(row)[i], drawn.reshape(-1))
+    drawn = [noise[image](shape) for image in range(group.images.start, group.images.stop)]
+    for image, one in enumerate(drawn, group.images.start):
+        if tuple(one.shape) != shape:
+            raise ValueError(f"the noise source of image {image} gave shape {tuple(one.shape)}, not {shape}")
+    # A last row's draw may have no weight: only the stream moves on.
+    if group.table.noise.shape[1]:
+        group.keep_noise(row, ops.stack([one.reshape(-1) for one in drawn]))
 
 
 def _check_batch(latents: Array, tables: Sequence[StepTable]) -> None:
@@ -254,6 +254,9 @@ class _Numpy:
 
     def assign(self, out: Array, x: Array) -> None:
         np.copyto(out, x, casting="same_kind")
+
+    def stack(self, parts: list[Array]) -> Array:
+        return np.stack(parts).astype(self._dtype, copy=False)
 
     def floats(self, x: Array, like: Array) -> Array:
         """The prediction in the state's precision, its shape checked."""
@@ -309,7 +312,10 @@ class _Torch:
         return x.detach().to(self._dtype, copy=True)
 
     def assign(self, out: Array, x: Array) -> None:
-        out.copy_(x if isinstance(x, self._torch.Tensor) else self._torch.as_tensor(x))
+        out.copy_(x)
+
+    def stack(self, parts: list[Array]) -> Array:
+        return self._torch.stack([self._torch.as_tensor(part) for part in parts]).to(self._device, self._dtype)
 
     def floats(self, x: Array, like: Array) -> Array:
         """The prediction in the state's precision, its shape checked."""
