@@ -105,6 +105,15 @@ def test_with_released_weights(make_checkpoint: Make, make_lora: Any, family: st
     assert torch.equal(released("the red cat", seed=1, height=64, width=64, **RUN).images, plain)
 
 
+def test_adapters_of_diffusers_are_not_adopted(make_checkpoint: Make, make_lora: Any) -> None:
+    reference = load_reference(make_checkpoint("sdxl"), "sdxl")
+    reference.load_lora_weights(make_lora("sdxl"))
+    with pytest.raises(fastsd.InputError, match="unet are not plain: unload its LoRAs"):
+        Pipeline.from_diffusers(reference)
+    reference.unload_lora_weights()
+    assert len(Pipeline.from_diffusers(reference)("x", num_inference_steps=1, height=64, width=64).images) == 1
+
+
 def test_the_wrong_family_is_refused(make_checkpoint: Make, make_lora: Any) -> None:
     pipe = Pipeline.from_pretrained(make_checkpoint("sd"), dtype="float32")
     before = {name: tensor.clone() for name, tensor in pipe.components.denoiser.state_dict().items()}

@@ -130,7 +130,13 @@ def adopt(pipeline: Any) -> Components:
     with torch.device("meta"):
         denoiser = denoiser_class(theirs.config)
     _check_vae(module, denoiser, vae)
-    denoiser.load_state_dict(theirs.state_dict(), assign=True)
+    try:
+        denoiser.load_state_dict(theirs.state_dict(), assign=True)
+    except RuntimeError as error:  # layers of a LoRA, quantised weights
+        raise InputError(
+            f"the weights of the {type(pipeline).__name__}'s {name} are not plain: unload its LoRAs, and adopt "
+            "none that is quantised"
+        ) from error
     if vae.dtype != (dtype := _vae_dtype(module, vae.dtype)):
         vae = copy.deepcopy(vae).to(dtype)  # the pipeline's own stays as it is
     encoders = [getattr(pipeline, encoder.name) for encoder in module.ENCODERS]
