@@ -97,6 +97,32 @@ def attention_case(name: str, batch: int, heads: int, queries: int, keys: int, d
     return Case(op, name, make)
 
 
+def int8_case(name: str, batch: int, heads: int, tokens: int, dim: int) -> Case:
+    """Attention in eight bits with the quantisation of q and k inside, against attention that is not quantised."""
+
+    def make(device: torch.device, dtype: torch.dtype, tiny: bool) -> Problem:
+        from fastsd_kernels import attention_int8 as op
+
+        b, h, n = (1, 2, -(-tokens // 16)) if tiny else (batch, heads, tokens)
+        q, k, v = normal(b, n, 3, h, dim, device=device, dtype=dtype).unbind(2)
+        few = [one[:1, :, :2] for one in (q, k, v)]
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return op.attention_int8(*op.quantize_qk(q, k, None, None, None), v)
+
+        return Problem(
+            ours=lambda: call(q, k, v),
+            check=lambda: call(*few),
+            exact=lambda: sdpa([one.double().transpose(1, 2) for one in few]).transpose(1, 2),
+            plain=lambda: op.reference(*op.reference_quantize(few[0], few[1], None, None, None), few[2]),
+            peers=attention_peers(q, k, v),
+            flops=4.0 * b * h * n * n * dim,
+            nbytes=float(q.element_size() * b * h * dim * 4 * n),
+        )
+
+    return Case("attention_int8", name, make)
+
+
 def attention_peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     """Other implementations that run these inputs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -471,6 +497,8 @@ CASES: tuple[Case, ...] = (
     attention_case("SDXL 1024 x 154", 2, 20, 1024, 154, 64, "cross_attention"),
     joint_case("SD3-M 333 + 4096", 2, 24, 333, 4096, 64),
     joint_case("Flux 512 + 4096", 1, 24, 512, 4096, 128),
+    int8_case("Flux 4608", 1, 24, 4608, 128),
+    int8_case("SD3 4429", 2, 24, 4429, 64),
     qk_case("Flux 4608", 1, 4608, 24, 128, rope=True),
     qk_case("SD3.5-L 4429", 2, 4429, 38, 64, rope=False),
     tokens_case("modulate", "Flux 4608", 1, 4608, 3072),
@@ -506,6 +534,7 @@ def run(
         "op": case.op,
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
+        "lane": "quantised" if case.op.startswith(("quantize", "attention_int8")) else "lossless",
         "error": error,
         "error_of_torch": plain,
         "right": math.isfinite(error) and error <= allowed,
@@ -537,6 +566,7 @@ def show(rows: list[dict[str, Any]]) -> Table:
     for column in (
         "op",
         "case",
+        "lane",
         "error",
         "of torch",
         "right",
@@ -547,11 +577,12 @@ def show(rows: list[dict[str, Any]]) -> Table:
         "of floor",
         "best peer",
     ):
-        table.add_column(column, justify="left" if column in ("op", "case", "best peer") else "right")
+        table.add_column(column, justify="left" if column in ("op", "case", "lane", "best peer") else "right")
     for row in rows:
         cells = [
             row["op"],
             row["case"],
+            row["lane"],
             f"{row['error']:.1e}",
             f"{row['error_of_torch']:.1e}",
             "yes" if row["right"] else "NO",
