@@ -13,11 +13,13 @@ LoRA. The layouts of the files are those that `diffusers` converts, by its own c
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import logging
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -153,9 +155,11 @@ def parse(text: str) -> tuple[str, float]:
 
 
 def _check_weight(weight: float) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise InputError(f"the weight of a LoRA is {weight!r}: it must be a finite number, such as 0.8")
-    return float(weight)
+    if isinstance(weight, numbers.Real) and not isinstance(weight, bool):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(weight):
+                return float(weight)
+    raise InputError(f"the weight of a LoRA is {weight!r}: it must be a finite number, such as 0.8")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ def _prepare_only(denoiser: Any) -> dict[str, nn.Parameter]:
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.named_parameters()}
 
 
+def _version(parameter: Tensor) -> int | None:
+    """Grows with every write; tensors made in inference mode have none."""
+    return None if parameter.is_inference() else parameter._version
+
+
 class Waiting:
     """The weights that only `prepare` reads, in host memory while nobody is inside `resident`.
 
@@ -55,13 +60,13 @@ class Waiting:
             if self._depth == 0:
                 self._bring_back()
             self._depth += 1
-            versions = {name: parameter._version for name, parameter in self._parameters.items()}
+            versions = {name: _version(parameter) for name, parameter in self._parameters.items()}
             try:
                 yield time.perf_counter() - started
             finally:
                 self._depth -= 1
                 for name, parameter in self._parameters.items():
-                    if parameter._version != versions[name]:  # a LoRA wrote to it
+                    if _version(parameter) != versions[name]:  # a LoRA wrote to it
                         self._host.pop(name, None)
                 if self._depth == 0:
                     self._let_go()

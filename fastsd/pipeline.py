@@ -9,9 +9,10 @@ latents ─ vae.decode ─► pixels ─► image with its own recipe
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -25,6 +26,7 @@ from fastsd.device import pick_device, pick_dtype
 from fastsd.errors import InputError, NumericError
 from fastsd.request import Arguments, Request, check, check_size
 from fastsd.sampling.loop import Step, denoise, initial_latents, stack_timesteps
+from fastsd.sampling.table import StepTable
 from fastsd.text import Conditioning
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -114,11 +116,14 @@ class Pipeline:
         self.defaults = {**family.DEFAULTS[kind], **(defaults or {}), **components.index.get("_fastsd", {})}
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()
+        self.tables: dict[Any, StepTable] = {}  # compiled schedulers
         # What a LoRA may change, by the name of its component.
         named = zip(family.ENCODERS, components.text_encoders, strict=True)
         self._modules = {encoder.name: module for encoder, module in named if module is not None}
         self._modules[family.DENOISER[0]] = components.denoiser
         self._loras = lora.Loras(self._modules)
+        self._weights = threading.RLock()  # held while a LoRA is merged
+        self._running = 0  # calls and streams that read the weights
         self._waiting = memory.Waiting(components.denoiser) if release_prepare else None
         weight = next(components.denoiser.parameters())
         self.device: torch.device = weight.device
@@ -154,6 +159,8 @@ class Pipeline:
         Raises:
             InputError: anything about the arguments or the files is not right; the sentence says what would be.
         """
+        if not isinstance(model, str | Path) or not isinstance(variant, str | None):
+            raise InputError(f"model and variant are names or paths, not {model!r} and {variant!r}")
         on, in_dtype = _place(device, dtype, backend)
         preset = presets.find(model)
         if weights == "random":
@@ -204,7 +211,14 @@ class Pipeline:
 
     @classmethod
     def from_diffusers(cls, pipeline: Any) -> Pipeline:
-        """Adopt a `diffusers` pipeline: its weights are shared, its device and dtype stay."""
+        """Adopt a `diffusers` pipeline: its weights are shared, its device and dtype stay.
+
+        What is merged here by `load_lora` changes the other's images too, and adapters that are loaded there afterwards
+        reach only what it shares as modules: load a LoRA on one side, and adopt a pipeline once.
+
+        Raises:
+            InputError: its class does not run here, or its weights are not plain (adapters, quantised).
+        """
         return cls(families.adopt(pipeline), name=pipeline.name_or_path or "diffusers")
 
     def __call__(
@@ -235,7 +249,6 @@ class Pipeline:
             if on_step is not None:
                 on_step(PipelineStep(step, self))
         images: Any = step.latents
-        self._refuse_overflow(images, "the denoiser", "latents")
         started = time.perf_counter()
         if output_type != "latent":
             images = self.decode(images)
@@ -258,6 +271,15 @@ class Pipeline:
 
     def _run(self, request: Request, timings: Timings) -> Iterator[Step]:
         """The straight line, from the prompt to the last latents."""
+        with self._weights:
+            self._running += 1
+        try:
+            yield from self._steps(request, timings)
+        finally:
+            with self._weights:
+                self._running -= 1
+
+    def _steps(self, request: Request, timings: Timings) -> Iterator[Step]:
         started = time.perf_counter()
         guided = any(table.guided for table in request.tables)
         conditioning = self._condition(request, guided, timings)
@@ -287,6 +309,7 @@ class Pipeline:
         for step in denoise(denoiser, latents, request.tables, noise=request.noise, guidance_rescale=rescale):
             if step.index == step.total - 1:
                 self._synchronize()
+                self._refuse_overflow(step.latents, "the denoiser", "latents")
             now = time.perf_counter()
             timings.steps.append(now - last)
             timings.denoise = now - started
@@ -350,7 +373,7 @@ class Pipeline:
             images: PIL images of one size, or pixels [batch, height, width, 3] in 0..1.
 
         Raises:
-            InputError: they are neither, or a side is no multiple of 8.
+            InputError: they are neither, or a side is no multiple of 8 (SD3, Flux: 16).
             NumericError: the VAE produced NaN or Inf.
         """
         pixels = images if isinstance(images, Tensor) else image.from_pil(images)
@@ -385,20 +408,20 @@ class Pipeline:
             The name.
 
         Raises:
-            InputError: it is none, or not for this model; the weights are as they were.
+            InputError: it is none, or not for this model, or images are being made; the weights are as they were.
         """
         kind = self.family.__name__.rpartition(".")[2]
         adapter = lora.read(path_or_id, kind, weight_name=weight_name, revision=revision)
-        with self._resident():
+        with self._alone(), self._resident():
             return self._loras.load(adapter, weight, name)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take one LoRA out of the weights, or all of them (None): bit for bit what they were.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: there is none of that name, or images are being made.
         """
-        with self._resident():
+        with self._alone(), self._resident():
             self._loras.unload(name)
 
     @property
@@ -409,6 +432,17 @@ class Pipeline:
     def memory(self) -> dict[str, tuple[int, int]]:
         """Bytes of weights by component, and how many of them only `prepare` reads."""
         return memory.report({**self._modules, "vae": self.components.vae})
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody reads the weights inside; a call that begins meanwhile waits."""
+        with self._weights:
+            if self._running:
+                raise InputError(
+                    f"{self._running} calls or streams read the weights: let them end, or close the stream, before "
+                    "a LoRA changes them"
+                )
+            yield
 
     def _resident(self) -> AbstractContextManager[float]:
         """All weights of the denoiser are on the device inside; gives the seconds that this took."""

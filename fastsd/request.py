@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import math
+import numbers
 import operator
 import secrets
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 MAX_SIDE = 8192  # pixels; beyond it a typing error is likelier than a wish
 MAX_IMAGES = 1024  # per call
 MAX_TOKENS = 512  # of T5, as it was trained
+MAX_TABLES = 128  # that a pipeline keeps
 
 Noise = Callable[[tuple[int, ...]], Any]
 
@@ -66,7 +71,8 @@ class Arguments(TypedDict, total=False):
         negative_pooled_prompt_embeds: [prompts or 1, dim], with `negative_prompt_embeds`.
         clip_skip: layers of CLIP to skip, from the end (not Flux).
         max_sequence_length: tokens of T5 (SD3, Flux), 1 to 512.
-        long_prompt: "cut" a prompt beyond CLIP's 77 tokens with a warning, or read it in "windows" of 77 (not Flux).
+        long_prompt: "cut" a prompt beyond CLIP's 77 tokens with a warning, or read it in "windows" of 77 (not Flux);
+            all prompts of a batch are then read in as many windows as the longest.
         original_size: SDXL: (height, width) that the image is to look as if it was scaled from; None: its own.
         crops_coords_top_left: SDXL: (top, left) that it is to look as if it was cropped at; None: (0, 0).
         target_size: SDXL: (height, width); None: its own.
@@ -189,13 +195,10 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
     guidance_rescale = _number("guidance_rescale", given.get("guidance_rescale", 0.0), 0, 1)
     eta = _number("eta", given.get("eta", 0.0), 0, 1)
 
-    if (prompt is None) == ("prompt_embeds" not in given):
-        raise InputError("give either a prompt or prompt_embeds")
-    if "negative_prompt" in given and "negative_prompt_embeds" in given:
-        raise InputError("give either a negative_prompt or negative_prompt_embeds")
+    _check_either(prompt, given)
     widths = family.widths(components)
     embeds, negative_embeds = (_embeds(given, side, widths) for side in ("", "negative_"))
-    count = len(embeds) if embeds is not None else 1 if isinstance(prompt, str) else len(list(prompt or []))
+    count = len(embeds) if embeds is not None else 1 if isinstance(prompt, str) else len(prompt or [])
     if count == 0:
         raise InputError("the list of prompts is empty: give at least one")
     batch = count * images_each
@@ -217,6 +220,7 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
         for one in _each("true_cfg_scale", given.get("true_cfg_scale", 1.0), batch)
     ]
     steered = "negative_prompt" in given or negative_embeds is not None
+    _warn_of_no_effect(family, given, true_scales, steered, zeroed)
     guidance = [
         family.guidance(components, scale, true_scale, steered)
         for scale, true_scale in zip(scales, true_scales, strict=True)
@@ -233,22 +237,37 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
         if not isinstance(latents, Tensor) or list(latents.shape) != shape:
             was = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise InputError(f"latents are {was}; they must be a tensor {shape}")
-        if not bool(torch.isfinite(latents).all()):
-            raise InputError("latents hold NaN or Inf: they must be finite")
+        if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
+            raise InputError("latents must be finite real numbers")
+        if "seed" not in given:
+            seeds = [None] * batch  # no seed makes this image again
 
     def per_image(values: Sequence[Any]) -> list[Any]:
         return [value for value in values for _ in range(batch // len(values))]
 
     prompts, negative = per_image(prompts), per_image(negative)
-    special = {name: given[name] for name in sorted(family.ARGUMENTS & given.keys()) if _plain(given[name])}
-    options = {"eta": eta, "guidance_rescale": guidance_rescale, **custom, **special}
     extra: dict[str, Any] = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
     if pipeline.loras:
         extra["loras"] = pipeline.loras
+    options = {"eta": eta, "guidance_rescale": guidance_rescale, **custom}
+    special = {name: given[name] for name in sorted(family.ARGUMENTS & given.keys()) if _plain(given[name])}
+
+    def own(image: int) -> dict[str, Any]:
+        """What only this image's recipe holds."""
+        values = {
+            name: value[image * len(value) // batch] if isinstance(value, list) else value
+            for name, value in special.items()
+        }
+        if hasattr(schedulers[image], "config"):
+            values["scheduler_config"] = {
+                key: value for key, value in schedulers[image].config.items() if _plain(value) or value is None
+            }
+        return {name: value for name, value in (options | values).items() if value}
+
     recipes = [
         Recipe(
             prompt=_first_text(prompts[i]) or "",
-            negative_prompt=_first_text(negative[i]) or None,
+            negative_prompt=_first_text(negative[i]) if family.ZEROED else _first_text(negative[i]) or None,
             num_inference_steps=counts[i] or len(next(iter(custom.values()))),
             scheduler=schedulers[i] if isinstance(schedulers[i], str) else tables[i].sampler,
             guidance_scale=scales[i],
@@ -256,7 +275,7 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
             width=width,
             height=height,
             model=pipeline.name,
-            extra=extra | {name: value for name, value in options.items() if value},
+            extra=extra | own(i),
         )
         for i in range(batch)
     ]
@@ -278,6 +297,34 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
     )
 
 
+def _check_either(prompt: Any, given: dict[str, Any]) -> None:
+    """Refuse a text beside the embedding that stands for it."""
+    if (prompt is None) == ("prompt_embeds" not in given):
+        raise InputError("give either a prompt or prompt_embeds")
+    if prompt is not None and (not isinstance(prompt, Sequence) or isinstance(prompt, bytes)):
+        raise InputError(f"prompt must be text or a list of texts, not {type(prompt).__name__}")
+    for side in ("", "negative_"):
+        beside = [name for name in (f"{side}prompt", f"{side}prompt_2", f"{side}prompt_3") if name in given]
+        if not side and "clip_skip" in given:
+            beside.append("clip_skip")
+        if f"{side}prompt_embeds" in given and beside:
+            raise InputError(f"give either {beside[0]} or {side}prompt_embeds")
+
+
+def _warn_of_no_effect(
+    family: Any, given: dict[str, Any], true_scales: list[float], steered: bool, zeroed: bool
+) -> None:
+    """Warn of arguments that `diffusers` passes over in silence."""
+    if "true_cfg_scale" in family.ARGUMENTS and (max(true_scales) > 1) != steered:
+        lacks = "a true_cfg_scale above 1" if steered else "a negative_prompt"
+        has = "the negative prompt" if steered else "true_cfg_scale"
+        warnings.warn(f"{has} has no effect: Flux needs {lacks} beside it", stacklevel=4)
+    if zeroed and "negative_prompt_2" in given and not steered:
+        warnings.warn(
+            "negative_prompt_2 has no effect: without a negative_prompt SDXL steers away from zeros", stacklevel=4
+        )
+
+
 def _check_names(pipeline: Pipeline, given: dict[str, Any]) -> None:
     """Refuse arguments that nothing here, or not this family, takes."""
     known = Arguments.__annotations__
@@ -285,7 +332,7 @@ def _check_names(pipeline: Pipeline, given: dict[str, Any]) -> None:
         if name in NOT_IMPLEMENTED:
             raise InputError(f"{name} is not implemented ({NOT_IMPLEMENTED[name]}): leave it out")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, COMMON | pipeline.family.ARGUMENTS, n=1, cutoff=0.5)
             raise InputError(f"a call takes no {name}" + (f": did you mean {near[0]}?" if near else ""))
         if name not in COMMON | pipeline.family.ARGUMENTS and given[name] != "cut":  # the default of long_prompt
             raise InputError(f"{pipeline.name} is a {pipeline.components.index['_class_name']}, which takes no {name}")
@@ -321,12 +368,19 @@ def _prompts(
     columns = [_each(name, given.get(name), count) for name in names]
     rows: list[text.Prompt | None] = []
     for first, *others in zip(*columns, strict=True):
-        first = absent if first is None else first
-        if first is None:
+        if side and first is None:
+            first = absent
+        if side and first is None:
             rows.append(None)
             continue
         # As in diffusers, an encoder without a text of its own reads the first one's.
-        row = [first, *(other or first for other in others)]
+        row = [
+            first,
+            *(
+                first if other is None else text.check_prompt(other, name) or first
+                for other, name in zip(others, names[1:], strict=True)
+            ),
+        ]
         rows.append(tuple(text.check_prompt(one, name) for one, name in zip(row, names, strict=True)))
     return rows
 
@@ -353,18 +407,19 @@ def _time_ids(given: dict[str, Any], size: tuple[int, int]) -> tuple[list[float]
 
 def _schedule(pipeline: Pipeline, given: dict[str, Any], batch: int) -> tuple[list[Any], dict[str, list[Any]]]:
     """Step counts by image, or a custom schedule for all."""
-    custom = {name: list(given[name]) for name in ("sigmas", "timesteps") if name in given}
+    trained = int(pipeline.components.scheduler.get("num_train_timesteps", 1000))
+    custom = {name: _list(name, given[name]) for name in ("sigmas", "timesteps") if name in given}
     if len(custom) == 2:
         raise InputError("give either sigmas or timesteps")
     if custom:
         ((name, values),) = custom.items()
-        if "num_inference_steps" in given:
-            raise InputError(f"give either num_inference_steps or {name}")
         if not values:
             raise InputError(f"{name} is empty: give at least one")
-        return [None] * batch, {name: [_number(name, value, 0, math.inf) for value in values]}
+        if given.get("num_inference_steps", len(values)) != len(values):
+            raise InputError(f"give either num_inference_steps or {name}, or as many {name} as steps")
+        most = math.inf if name == "sigmas" else trained
+        return [None] * batch, {name: [_number(name, value, 0, most) for value in values]}
     steps = given.get("num_inference_steps", pipeline.defaults["num_inference_steps"])
-    trained = int(pipeline.components.scheduler.get("num_train_timesteps", 1000))
     counts = _each("num_inference_steps", steps, batch)
     return [_whole("num_inference_steps", one, 1, trained) for one in counts], {}
 
@@ -381,16 +436,25 @@ def _tables(
     made: dict[Any, StepTable] = {}
     tables = []
     for scheduler, count, scale in zip(schedulers, counts, guidance, strict=True):
-        name = scheduler if isinstance(scheduler, str | None) else id(scheduler)
-        plain = (name, count)
+        named = scheduler is None or isinstance(scheduler, str)
+        plain = (scheduler if named else id(scheduler), count)
         if plain not in made:
-            resolved = resolve_scheduler(scheduler, pipeline.components.scheduler)
-            steps, sized = pipeline.family.schedule(pipeline.components, resolved, count, tokens)
-            made[plain] = StepTable.from_scheduler(resolved, steps, **{**sized, **arguments})
-        key = (*plain, scale)
-        if key not in made:
-            made[key] = made[plain].with_guidance(scale)
-        tables.append(made[key])
+            # An instance may be another at the next call; what a name means stays.
+            key = (*plain, tokens, repr(arguments)) if named else None
+            table = pipeline.tables.get(key)
+            if table is None:
+                resolved = resolve_scheduler(scheduler, pipeline.components.scheduler)
+                steps, sized = pipeline.family.schedule(pipeline.components, resolved, count, tokens)
+                given = {name: np.array(value) if name == "sigmas" else value for name, value in arguments.items()}
+                table = StepTable.from_scheduler(resolved, steps, **{**sized, **given})
+            if key is not None:
+                if len(pipeline.tables) >= MAX_TABLES:
+                    pipeline.tables.clear()
+                pipeline.tables[key] = table
+            made[plain] = table
+        if (*plain, scale) not in made:
+            made[*plain, scale] = made[plain].with_guidance(scale)
+        tables.append(made[*plain, scale])
     return tables
 
 
@@ -400,20 +464,20 @@ def _noise_sources(seed: Any, generator: Any, batch: int) -> tuple[list[int | No
             raise InputError("give either seed or generator")
         if isinstance(generator, torch.Generator):
             return [None] * batch, _shared_noise(generator, batch)
-        generators = _each("generator", list(generator), batch)
+        generators = _each("generator", _list("generator", generator), batch)
         for one in generators:
             if not isinstance(one, torch.Generator):
                 raise InputError(f"generator must be a torch.Generator or a list of them, not {type(one).__name__}")
         return [None] * batch, [noise_source(one) for one in generators]
     if seed is None:
         seed = secrets.randbelow(2**32 - MAX_IMAGES)
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if not isinstance(seed, str | bytes) and (isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1):
         seeds = [check_seed(one) for one in _each("seed", list(seed), batch)]
     else:
         seeds = [check_seed(seed) + i for i in range(batch)]
         if seeds[-1] > MAX_SEED:
             raise InputError(
-                f"seed {seed} leaves no room for {batch} images: use one of at most {MAX_SEED - batch + 1}"
+                f"seed {seeds[0]} leaves no room for {batch} images: use one of at most {MAX_SEED - batch + 1}"
             )
     return list(seeds), [noise_source(one) for one in seeds]
 
@@ -436,11 +500,20 @@ def _shared_noise(generator: torch.Generator, batch: int) -> list[Noise]:
 
 def _each(name: str, value: Any, count: int) -> list[Any]:
     """One value for all, or a sequence with one each."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if getattr(value, "ndim", 0) == 1 and hasattr(value, "tolist"):  # an array
+        value = value.tolist()
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
         raise InputError(f"{name} has {len(value)} entries for {count}: give one for all or one each")
     return list(value)
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{name} must be a list, not {type(values).__name__}") from None
 
 
 def _embeds(given: dict[str, Any], side: str, widths: tuple[int, int | None]) -> list[text.Embedding] | None:
@@ -465,6 +538,8 @@ def _matching(given: dict[str, Any], name: str, axes: int, dim: int) -> Tensor |
     if not isinstance(value, Tensor) or value.ndim != axes or 0 in value.shape or value.shape[-1] != dim:
         was = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{name} is {was}; it must be a tensor [prompts, {'tokens, ' if axes == 3 else ''}{dim}]")
+    if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name} must be finite real numbers")
     return value
 
 
@@ -490,8 +565,10 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not least <= value <= most:
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    with contextlib.suppress(OverflowError):
+        value = float(value) if good else value
+    if not isinstance(value, float) or not math.isfinite(value) or not least <= value <= most:
         range_ = f"from {least} to {most}" if math.isfinite(most) else f"finite and at least {least}"
         raise InputError(f"{name} must be {range_}, not {value!r}")
     return float(value)

@@ -92,16 +92,24 @@ def windows(tokenizer: Tokenizer, prompt: str, length: int, long_prompt: LongPro
     ids = tokenizer.encode(prompt)
     start = [] if tokenizer.bos is None else [tokenizer.bos]  # T5 has no first mark
     room = length - len(start) - 1
-    chunks = [ids[at : at + room] for at in range(0, len(ids), room)] or [[]]
+    chunks = [ids[at : at + room] for at in range(0, len(ids), room or 1)] or [[]]
     if len(chunks) > 1 and long_prompt == "cut":
+        lost = _shortened(tokenizer, ids[room:])
         warnings.warn(
-            f"the prompt has {len(ids)} tokens and the text encoder reads {room}: {tokenizer.decode(ids[room:])!r} was "
-            "cut off" + ("" if tokenizer.bos is None else " (long_prompt='windows' keeps it)"),
+            f"the prompt has {len(ids)} tokens and the text encoder reads {room}: {lost} was cut off"
+            + ("" if tokenizer.bos is None else " (long_prompt='windows' keeps it)"),
             stacklevel=2,
         )
         del chunks[1:]
     framed = ([*start, *chunk, tokenizer.eos] for chunk in chunks)
     return [window + [tokenizer.pad] * (length - len(window)) for window in framed]
+
+
+def _shortened(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of tokens for a sentence: its beginning and its end."""
+    if len(ids) <= 60:
+        return repr(tokenizer.decode(ids))
+    return f"{tokenizer.decode(ids[:30])!r} ... {tokenizer.decode(ids[-30:])!r}"
 
 
 def read(encoder: Encoder, module: Any, ids: Sequence[Sequence[int]], clip_skip: int | None = None) -> Encoding:
@@ -137,7 +145,6 @@ class Cache:
     """The last `CACHED` encodings, by tokens, layer and the weights that made them."""
 
     def __init__(self) -> None:
-        self.hits = 0
         self._kept: OrderedDict[Any, Encoding] = OrderedDict()
         self._digests: dict[int, tuple[Any, str]] = {}
         self._lock = threading.Lock()

@@ -21,6 +21,7 @@ import transformers
 
 import fastsd
 from fastsd.pipeline import Pipeline
+from fastsd.sampling.table import StepTable
 
 Make = Callable[..., Path]
 PROMPT, NEGATIVE = "the red cat", "a blurry thing"
@@ -195,6 +196,8 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3-sigmas": ("sd3", {"sigmas": [1.0, 0.7, 0.2], "num_inference_steps": None}),
     "flux-second-prompt": ("flux", {"prompt_2": "ing er"}),
     "flux-max-sequence-length": ("flux", {"max_sequence_length": 256}),
+    "flux-one-token": ("flux", {"max_sequence_length": 1}),
+    "sd3-numpy-sigmas": ("sd3", {"sigmas": np.array([1.0, 0.6, 0.3], dtype=np.float32), "num_inference_steps": None}),
     "flux-sigmas": ("flux", {"sigmas": [1.0, 0.7, 0.2], "num_inference_steps": None}),
     "flux-negative-without-scale": ("flux", {"negative_prompt": NEGATIVE}),
     "default-size-sdxl": ("sdxl", {"height": None, "width": None}),
@@ -202,7 +205,7 @@ ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:the negative prompt has no effect")
+@pytest.mark.filterwarnings("ignore:.*(has no effect|was cut off)")
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments_mean_what_they_mean_in_diffusers(loaded: Any, case: str) -> None:
     family, special = ARGUMENTS[case]
@@ -411,6 +414,26 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"negative_prompt_embeds": torch.zeros(1, 77, 32), "negative_pooled_prompt_embeds": torch.zeros(1, 25)},
         r"negative_pooled_prompt_embeds is \[1, 25\]; it must be a tensor \[prompts, 24\]",
     ),
+    "a second prompt beside an embedding": (
+        "sdxl",
+        {"negative_prompt_embeds": torch.zeros(1, 77, 40), "negative_prompt_2": "x"},
+        "give either negative_prompt_2 or negative_prompt_embeds",
+    ),
+    "NaN in an embedding": (
+        "flux",
+        {
+            "negative_prompt_embeds": torch.full((1, 77, 32), float("nan")),
+            "negative_pooled_prompt_embeds": torch.zeros(1, 24),
+        },
+        "negative_prompt_embeds must be finite",
+    ),
+    "complex latents": ("flux", {"latents": torch.zeros(1, 16, 8, 8, dtype=torch.complex64)}, "finite real numbers"),
+    "a number as sigmas": ("sd3", {"sigmas": 0.5, "num_inference_steps": None}, "sigmas must be a list, not float"),
+    "bytes as a seed": ("sd3", {"seed": b"x"}, "the seed must be"),
+    "a vast guidance": ("sd3", {"guidance_scale": 10**400}, "guidance_scale must be finite"),
+    "a timestep beyond training": ("sdxl", {"timesteps": [5000, 1], "num_inference_steps": None}, "from 0 to 1000"),
+    "a class as scheduler": ("sdxl", {"scheduler": diffusers.DDIMScheduler}, "a name or a diffusers scheduler"),
+    "steps that are not those of the sigmas": ("sd3", {"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "as many"),
     "eta on flow": ("sd3", {"eta": 0.5}, "has no eta"),
     "a NUL in the second prompt": ("flux", {"prompt_2": "a\0b"}, "prompt_2 holds a NUL"),
     "a number as third prompt": ("sd3", {"prompt_3": 3}, "prompt_3 must be text, not int"),
@@ -428,6 +451,68 @@ def test_refuses(loaded: Any, case: str) -> None:
         pipe(PROMPT, **{"num_inference_steps": 2, "height": 64, "width": 64, **arguments})
     handle.remove()
     assert not called and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [5, None, [None], ["x", 3], b"x"])
+def test_prompts_that_are_none(loaded: Any, prompt: Any) -> None:
+    with pytest.raises(fastsd.InputError):
+        loaded("sdxl")[0](prompt, num_inference_steps=1)
+
+
+WITHOUT_EFFECT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "sdxl second negative": ("sdxl", {"negative_prompt_2": "x"}, "negative_prompt_2 has no effect"),
+    "flux negative": ("flux", {"negative_prompt": "x"}, "the negative prompt has no effect"),
+    "flux scale": ("flux", {"true_cfg_scale": 4.0}, "true_cfg_scale has no effect"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_what_has_no_effect_is_said(loaded: Any, case: str) -> None:
+    family, arguments, message = WITHOUT_EFFECT[case]
+    with pytest.warns(UserWarning, match=message):
+        loaded(family)[0](PROMPT, num_inference_steps=1, height=64, width=64, **LATENT, **arguments)
+
+
+def test_recipes_are_those_of_their_images(loaded: Any) -> None:
+    pipe, reference = loaded("sdxl")
+    common: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64}
+    recipes = pipe(["a", "b"], prompt_2=["x", "y"], num_images_per_prompt=2, seed=5, **common).recipes
+    assert [recipe.extra["prompt_2"] for recipe in recipes] == ["x", "x", "y", "y"]
+    empty = pipe(PROMPT, negative_prompt="", seed=1, **common).recipes[0]
+    zeroed = pipe(PROMPT, seed=1, **common).recipes[0]
+    assert (empty.negative_prompt, zeroed.negative_prompt) == ("", None)
+    given = pipe(PROMPT, latents=torch.zeros(1, 4, 8, 8), **common)
+    assert given.seeds == [None] and given.recipes[0].seed is None
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(reference.scheduler.config, use_karras_sigmas=True)
+    recipe = pipe(PROMPT, scheduler=scheduler, seed=1, **common).recipes[0]
+    assert recipe.scheduler == "DPMSolverMultistepScheduler"
+    assert recipe.extra["scheduler_config"]["use_karras_sigmas"] is True
+    sigmas = pipe(PROMPT, sigmas=[9.0, 1.0], seed=1, height=64, width=64).recipes[0]
+    again = pipe(
+        PROMPT, sigmas=sigmas.extra["sigmas"], seed=1, num_inference_steps=sigmas.num_inference_steps, height=64
+    )
+    assert len(again.images) == 1
+
+
+def test_a_table_is_compiled_once(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, reference = loaded("sdxl")
+    arguments: dict[str, Any] = {"num_inference_steps": 7, "height": 64, "width": 64, "seed": 1, **LATENT}
+    first = pipe(PROMPT, scheduler="dpmpp_2m", **arguments).images
+    compiled: list[Any] = []
+    make = StepTable.from_scheduler
+    monkeypatch.setattr(StepTable, "from_scheduler", lambda *a, **k: compiled.append(a) or make(*a, **k))  # type: ignore[func-returns-value]
+    assert torch.equal(pipe(PROMPT, scheduler="dpmpp_2m", **arguments).images, first)
+    assert not compiled
+    pipe(PROMPT, scheduler="dpmpp_2m", **{**arguments, "num_inference_steps": 6})
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(reference.scheduler.config)
+    for _ in range(2):  # an instance may have been changed in between
+        pipe([PROMPT] * 2, scheduler=scheduler, **arguments)
+    assert len(compiled) == 3
+
+
+def test_a_stream_ends_on_nan(loaded: Any) -> None:
+    with pytest.raises(fastsd.NumericError, match="the denoiser produced NaN or Inf"):
+        list(loaded("sdxl")[0].stream(PROMPT, guidance_scale=1e38, num_inference_steps=3, height=64, width=64))
 
 
 def test_an_unknown_family_is_named(make_checkpoint: Make, tmp_path: Path) -> None:

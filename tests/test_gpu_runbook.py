@@ -1,4 +1,4 @@
-"""The GPU runbook: every step runs (here at tiny size, without a GPU), and a call goes on where the last one stopped."""
+"""The GPU runbook: every step runs (here without a GPU, at tiny size), and a call goes on where the last stopped."""
 
 import json
 from pathlib import Path

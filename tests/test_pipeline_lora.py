@@ -5,8 +5,10 @@ Tolerance as in test_pipeline.py: 1e-4 of the latents' deviation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,54 @@ def test_adapters_of_diffusers_are_not_adopted(make_checkpoint: Make, make_lora:
         Pipeline.from_diffusers(reference)
     reference.unload_lora_weights()
     assert len(Pipeline.from_diffusers(reference)("x", num_inference_steps=1, height=64, width=64).images) == 1
+
+
+def test_weights_do_not_change_under_a_run(make_checkpoint: Make, make_lora: Any) -> None:
+    pipe = Pipeline.from_pretrained(make_checkpoint("sd"), dtype="float32")
+    plain = pipe("the red cat", seed=1, **RUN).images
+    stream = pipe.stream("the red cat", seed=1, num_inference_steps=3)
+    next(stream)
+    for change in (lambda: pipe.load_lora(make_lora("sd")), pipe.unload_lora):
+        with pytest.raises(fastsd.InputError, match="1 calls or streams read the weights"):
+            change()
+    assert torch.equal(list(stream)[-1].latents, plain)
+    pipe.load_lora(make_lora("sd"))
+    stream = pipe.stream("the red cat", seed=1, num_inference_steps=3)
+    next(stream)
+    stream.close()
+    pipe.unload_lora()
+    assert torch.equal(pipe("the red cat", seed=1, **RUN).images, plain)
+
+
+def test_threads_that_load_and_make_images(make_checkpoint: Make, make_lora: Any) -> None:
+    pipe = Pipeline.from_pretrained(make_checkpoint("sd"), dtype="float32")
+    prompts = ["the red cat", "cat", "red"]
+    arguments: dict[str, Any] = {"seed": 1, **RUN}
+    plain = [pipe(prompt, **arguments).images for prompt in prompts]
+    before = {name: tensor.clone() for name, tensor in pipe.components.denoiser.state_dict().items()}
+    stop = threading.Event()
+
+    def change(name: str) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(fastsd.InputError):  # images are being made, or the other was faster
+                pipe.load_lora(make_lora("sd"), 0.5, name)
+            with contextlib.suppress(fastsd.InputError):
+                pipe.unload_lora(name)
+
+    threads = [threading.Thread(target=change, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        for prompt in prompts:
+            pipe(prompt, **arguments)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    pipe.unload_lora()
+    after = pipe.components.denoiser.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for prompt, expected in zip(prompts, plain, strict=True):  # also what the cache kept
+        assert torch.equal(pipe(prompt, **arguments).images, expected)
 
 
 def test_the_wrong_family_is_refused(make_checkpoint: Make, make_lora: Any) -> None:

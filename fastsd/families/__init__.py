@@ -18,12 +18,14 @@ A family's module has
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastsd.errors import InputError
+from fastsd.files import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -88,13 +90,28 @@ def load(source: Source, dtype: torch.dtype, device: torch.device) -> Components
     module = family(source.index["_class_name"])
     name, denoiser_class = module.DENOISER
     present = [encoder for encoder in module.ENCODERS if not _left_out(source, encoder)]
-    with torch.device("meta"):
-        denoiser = denoiser_class(source.config(name))
-        vae = AutoencoderKL.from_config(source.config("vae"))
-        text_encoders = {}
-        for encoder in present:
-            kind = getattr(transformers, encoder.kind)
-            text_encoders[encoder.name] = kind(kind.config_class(**source.config(encoder.name)))
+    if not isinstance(source.index.get("_fastsd", {}), Mapping):
+        raise InputError(f'"_fastsd" in model_index.json must be an object, not {source.index["_fastsd"]!r}')
+
+    def build(component: str, make: Callable[[dict[str, Any]], Any]) -> Any:
+        config = source.config(component)
+        try:
+            with torch.device("meta"):
+                return make(config)
+        except InputError:
+            raise
+        except Exception as error:  # of the library whose class it is
+            raise InputError(
+                f"no {component} can be built of its configuration ({type(error).__name__}: {one_line(error)[:200]}): "
+                "restore its config.json"
+            ) from error
+
+    denoiser = build(name, denoiser_class)
+    vae = build("vae", AutoencoderKL.from_config)
+    text_encoders = {}
+    for encoder in present:
+        kind = getattr(transformers, encoder.kind)
+        text_encoders[encoder.name] = build(encoder.name, partial(_text_encoder, kind))
     _check_vae(module, denoiser, vae)
     components = Components(
         tokenizers=tuple(source.tokenizer(one.tokenizer) if one in present else None for one in module.ENCODERS),
@@ -109,6 +126,10 @@ def load(source: Source, dtype: torch.dtype, device: torch.device) -> Components
     source.load(denoiser, name, dtype, device)
     source.load(vae, "vae", _vae_dtype(module, dtype), device)
     return components
+
+
+def _text_encoder(kind: Any, config: dict[str, Any]) -> Any:
+    return kind(kind.config_class(**config))
 
 
 def adopt(pipeline: Any) -> Components:
@@ -140,6 +161,11 @@ def adopt(pipeline: Any) -> Components:
     if vae.dtype != (dtype := _vae_dtype(module, vae.dtype)):
         vae = copy.deepcopy(vae).to(dtype)  # the pipeline's own stays as it is
     encoders = [getattr(pipeline, encoder.name) for encoder in module.ENCODERS]
+    for one, encoder in zip(module.ENCODERS, encoders, strict=True):
+        if encoder is not None and any(".lora_" in key for key, _ in encoder.named_parameters()):
+            raise InputError(
+                f"the weights of the {type(pipeline).__name__}'s {one.name} are not plain: unload its LoRAs"
+            )
     return Components(
         tokenizers=tuple(
             None if encoder is None else tokenizer.from_transformers(getattr(pipeline, one.tokenizer))

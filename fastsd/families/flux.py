@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,8 +49,6 @@ def widths(components: Components) -> tuple[int, int | None]:
 
 def guidance(components: Components, guidance_scale: float, true_cfg_scale: float, negative: bool) -> float:
     """The scale of classifier-free guidance: `guidance_scale` is embedded, `true_cfg_scale` is the real one."""
-    if negative and true_cfg_scale <= 1:
-        warnings.warn("the negative prompt has no effect: Flux needs a true_cfg_scale above 1 for it", stacklevel=4)
     return true_cfg_scale if negative else 1.0
 
 

@@ -92,7 +92,10 @@ def resolve_scheduler(scheduler: Any, config: Mapping[str, Any]) -> Any:
             raise InputError('the checkpoint\'s scheduler config names no class ("_class_name")')
         return _build(_class(name), config, {})
     if not isinstance(scheduler, str):
-        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "config"):
+        instance = (
+            not isinstance(scheduler, type) and hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "config")
+        )
+        if not instance:
             raise InputError(f"scheduler must be a name or a diffusers scheduler, not {type(scheduler).__name__}")
         name = type(scheduler).__name__
         _check_flow(name, is_flow({**scheduler.config, "_class_name": name}), config)
