@@ -270,7 +270,7 @@ class Pipeline:
         return (PipelineStep(step, self) for step in self._run(request, Timings()))
 
     def _run(self, request: Request, timings: Timings) -> Iterator[Step]:
-        """The straight line, from the prompt to the last latents."""
+        """`_steps`, counted among those that read the weights."""
         with self._weights:
             self._running += 1
         try:
@@ -280,6 +280,7 @@ class Pipeline:
                 self._running -= 1
 
     def _steps(self, request: Request, timings: Timings) -> Iterator[Step]:
+        """The straight line, from the prompt to the last latents."""
         started = time.perf_counter()
         guided = any(table.guided for table in request.tables)
         conditioning = self._condition(request, guided, timings)
