@@ -11,7 +11,7 @@ import copy
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastsd import checkpoint, tokenizer
@@ -75,31 +75,35 @@ def _fill(
 
     # Drawn on the CPU in float32 for all devices and dtypes.
     ring = torch.randn(RING, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    checkpoint.assign(module, _tensors(module, config, key, ring), None, device)
+
+
+def _tensors(
+    module: torch.nn.Module, config: Mapping[str, Any], key: str, ring: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and numbers of each parameter, one at a time; of tied ones, the first alone."""
+    import torch
+
+    done: set[str] = set()
     ties = checkpoint.ties(module)
-    state: dict[str, torch.Tensor] = {}
     for name, meta in module.state_dict().items():
-        if name in state:
+        if name in done:
             continue
+        done.update(ties.get(name, [name]))
         if name == _POSITIONS:
             from fastsd.denoisers.sd3 import position_table
 
             side, base = math.isqrt(meta.shape[1]), config["sample_size"] // config["patch_size"]
-            state[name] = position_table(meta.shape[2], side, base, dtype, device).view(meta.shape)
+            yield name, position_table(meta.shape[2], side, base, ring.dtype, ring.device).view(meta.shape)
             continue
-        tensor = torch.empty(meta.shape, dtype=dtype, device=device)
+        tensor = torch.empty(meta.shape, dtype=ring.dtype, device=ring.device)
         mean, std = _law(module, name, meta.shape)
         # Versions of transformers differ in this prefix.
         digest = hashlib.blake2b(f"{key}/{name.removeprefix('text_model.')}".encode(), digest_size=8).digest()
         _wind(ring, int.from_bytes(digest) % RING, std, tensor.view(-1))
         if mean:
             tensor += mean
-        aliases = ties.get(name, [name])
-        # One Parameter object under all its names keeps tied parameters tied.
-        shared = torch.nn.Parameter(tensor, requires_grad=False) if len(aliases) > 1 else tensor
-        state.update(dict.fromkeys(aliases, shared))
-    module.requires_grad_(False).eval()
-    module.load_state_dict(state, assign=True)
-    checkpoint.place_buffers(module, device)
+        yield name, tensor
 
 
 def _wind(ring: torch.Tensor, start: int, std: float, out: torch.Tensor) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.denoisers.flux import FluxTransformer, rotary_table
-from fastsd.denoisers.transformer import ROWS, Constants
+from fastsd.denoisers.layers import ROWS
+from fastsd.denoisers.transformer import Constants
 from fastsd.errors import InputError
 
 # The published transformer/config.json files, the numbers of parameters, and how many of them only `prepare` reads.

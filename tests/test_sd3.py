@@ -10,8 +10,9 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastsd.denoisers.layers import ROWS
 from fastsd.denoisers.sd3 import SD3Transformer
-from fastsd.denoisers.transformer import ROWS, Constants
+from fastsd.denoisers.transformer import Constants
 from fastsd.errors import InputError
 
 # The published transformer/config.json files, the numbers of parameters, and how many of them only `prepare` reads.

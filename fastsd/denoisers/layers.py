@@ -10,10 +10,23 @@ K packed key/value columns.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+ROWS = 64  # rows that `prepare` computes at a time
+
+
+def row_chunks(timesteps: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Timesteps [steps, B] in chunks [ROWS, B], the last one padded, each with the number of its own rows.
+
+    Matrix products of different shapes may sum in different orders: so a row has the same bits in a run of 4 steps and
+    in one of 50.
+    """
+    for chunk in timesteps.split(ROWS):
+        yield torch.cat([chunk, chunk[-1:].expand(ROWS - len(chunk), -1)]), len(chunk)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:

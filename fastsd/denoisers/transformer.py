@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsd.denoisers.layers import GELU, FeedForward, TimestepEmbedding, timestep_embedding
+from fastsd.denoisers.layers import GELU, FeedForward, TimestepEmbedding, row_chunks, timestep_embedding
 from fastsd.errors import InputError
 
-ROWS = 64  # rows that `modulation_rows` computes at a time
 EPS = 1e-6  # of all norms in both families
 
 
@@ -71,14 +70,12 @@ def assign_columns(model: nn.Module) -> list[Modulation]:
 def modulation_rows(modulations: Sequence[Modulation], embed: Callable[[Tensor], Tensor], timesteps: Tensor) -> Tensor:
     """All vectors of all steps, packed: [steps, B] -> [steps, B, M]; `embed` gives [rows, B] -> [rows, B, D].
 
-    Rows are computed in chunks of `ROWS`, the last one padded, since matrix products of different shapes may sum in
-    different orders: so a row has the same bits in a run of 4 steps and in one of 50.
+    A row's bits do not depend on how many there are (`row_chunks`).
     """
     packed = []
-    for chunk in timesteps.split(ROWS):
-        padded = torch.cat([chunk, chunk[-1:].expand(ROWS - len(chunk), -1)])
+    for padded, count in row_chunks(timesteps):
         embedding = F.silu(embed(padded))
-        packed.append(torch.cat([modulation.rows(embedding)[: len(chunk)] for modulation in modulations], dim=-1))
+        packed.append(torch.cat([modulation.rows(embedding)[:count] for modulation in modulations], dim=-1))
     return torch.cat(packed)
 
 

@@ -28,11 +28,10 @@ from fastsd.denoisers.layers import (
     TimestepEmbedding,
     Upsample,
     guidance_embedding,
+    row_chunks,
     timestep_embedding,
 )
 from fastsd.errors import InputError
-
-ROWS = 64  # rows that `prepare` computes at a time
 
 
 class Constants(NamedTuple):
@@ -147,8 +146,7 @@ class UNet(nn.Module):
     ) -> Constants:
         """Compute once per image what no step changes.
 
-        Rows are computed in chunks of `ROWS`, the last one padded, since matrix products of different shapes
-        may sum in different orders: so a row has the same bits in a run of 4 steps and in one of 50.
+        A row's bits do not depend on how many there are (`row_chunks`).
 
         Args:
             timesteps: [steps, B], any real dtype, in training timesteps (may be fractional).
@@ -175,14 +173,12 @@ class UNet(nn.Module):
         if text_embeds is not None and time_ids is not None:
             sizes = sinusoids(time_ids, c.addition_time_embed_dim).flatten(1)
             added = self.add_embedding(torch.cat([text_embeds.to(dtype), sizes], -1))
-        steps = timesteps.shape[0]
-        padded = torch.cat([timesteps, timesteps[-1:].expand(-steps % ROWS, -1)])
         chunks = []
-        for chunk in padded.split(ROWS):
-            embedding = self.time_embedding(sinusoids(chunk, c.block_out_channels[0]), condition)
+        for padded, count in row_chunks(timesteps):
+            embedding = self.time_embedding(sinusoids(padded, c.block_out_channels[0]), condition)
             embedding = F.silu(embedding + added)  # [ROWS, B, time_dim]
-            chunks.append(torch.cat([resnet.time_emb_proj(embedding) for resnet in self._resnets], dim=-1))
-        modulation = torch.cat(chunks)[:steps]
+            chunks.append(torch.cat([resnet.time_emb_proj(embedding)[:count] for resnet in self._resnets], dim=-1))
+        modulation = torch.cat(chunks)
 
         text = encoder_hidden_states.to(dtype)
         context = torch.cat([t for attn in self._text_attentions for t in attn.keys_values(text)], dim=-1)
