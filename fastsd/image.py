@@ -133,19 +133,17 @@ def to_pil(pixels: NDArray[np.floating[Any]] | torch.Tensor) -> list[Image.Image
     return images
 
 
-def from_pil(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
+def from_pil(images: Image.Image | Sequence[Image.Image]) -> NDArray[np.float32]:
     """Images of one size to floats in 0..1, float32 [batch, height, width, 3]; alpha is dropped.
 
     Raises `InputError` when there is none, something else than an image, or more than one size.
     """
-    import torch
-
     pictures = [images] if isinstance(images, Image.Image) else list(images)
     if not pictures or any(not isinstance(one, Image.Image) for one in pictures):
         raise InputError("images must be PIL images or a tensor [batch, height, width, 3] in 0..1")
     if len({one.size for one in pictures}) > 1:
         raise InputError(f"images of one batch must have one size, not {sorted({one.size for one in pictures})}")
-    return torch.from_numpy(np.stack([np.asarray(one.convert("RGB")) for one in pictures])).float() / 255
+    return np.stack([np.asarray(one.convert("RGB")) for one in pictures]).astype(np.float32) / np.float32(255)
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:

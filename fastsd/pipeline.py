@@ -14,20 +14,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from fastsd import checkpoint, families, image, lora, memory, presets, random_weights, single_file, text, vae
-from fastsd.device import pick_device, pick_dtype
-from fastsd.errors import InputError, NumericError
+from fastsd import arrays, bundle, checkpoint, families, image, lora, presets, random_weights, single_file, text, vae
+from fastsd.arrays import Array
+from fastsd.backends import Functions
+from fastsd.errors import InputError, MissingExtraError, NumericError
 from fastsd.request import Arguments, Request, check, check_size
 from fastsd.sampling.loop import Step, denoise, initial_latents, stack_timesteps
 from fastsd.sampling.table import StepTable
 from fastsd.text import Conditioning
+
+if TYPE_CHECKING:
+    import torch
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -87,10 +91,9 @@ class PipelineStep:
         self.index, self.total = step.index, step.total
 
     @property
-    def latents(self) -> Tensor:
+    def latents(self) -> Array:
         """A copy of the latents after this row, float32 [batch, C, H, W]."""
-        latents: Tensor = self._step.latents
-        return latents
+        return self._step.latents
 
     def preview(self) -> list[Image.Image]:
         """The images as they would be if the model's present estimate were final; decodes, so it takes a moment."""
@@ -107,6 +110,7 @@ class Pipeline:
         name: str,
         defaults: Mapping[str, Any] | None = None,
         release_prepare: bool = False,
+        engines: bundle.Engines | None = None,
     ) -> None:
         kind = components.index["_class_name"]
         self.family = family = families.family(kind)
@@ -117,17 +121,31 @@ class Pipeline:
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()
         self.tables: dict[Any, StepTable] = {}  # compiled schedulers
-        # What a LoRA may change, by the name of its component.
-        named = zip(family.ENCODERS, components.text_encoders, strict=True)
-        self._modules = {encoder.name: module for encoder, module in named if module is not None}
-        self._modules[family.DENOISER[0]] = components.denoiser
-        self._loras = lora.Loras(self._modules)
         self._weights = threading.RLock()  # held while a LoRA is merged
         self._running = 0  # calls and streams that read the weights
-        self._waiting = memory.Waiting(components.denoiser) if release_prepare else None
-        weight = next(components.denoiser.parameters())
-        self.device: torch.device = weight.device
-        self.dtype: torch.dtype = weight.dtype
+        self._modules: dict[str, Any] = {}  # what a LoRA may change, by the name of its component
+        self._waiting = None
+        if engines is not None:
+            self.backend: str = engines.target
+            self.functions: Functions = engines.functions
+            self.compile_table: Callable[..., StepTable] = engines.table
+            self.device: Any = engines.device
+            self.dtype: Any = engines.precision
+        else:
+            from fastsd import memory
+            from fastsd.backends import eager
+
+            named = zip(family.ENCODERS, components.text_encoders, strict=True)
+            self._modules = {encoder.name: module for encoder, module in named if module is not None}
+            self._modules[family.DENOISER[0]] = components.denoiser
+            if release_prepare:
+                self._waiting = memory.Waiting(components.denoiser)
+            self.backend = "eager"
+            self.functions = eager.functions(family, components)
+            self.compile_table = partial(families.compile_table, components)
+            weight = next(components.denoiser.parameters())
+            self.device, self.dtype = weight.device, weight.dtype
+        self._loras = lora.Loras(self._modules)
 
     @classmethod
     def from_pretrained(
@@ -141,26 +159,37 @@ class Pipeline:
         backend: str = "auto",
         weights: str = "checkpoint",
         release_prepare: bool = False,
+        trust: bool = False,
     ) -> Pipeline:
-        """Load a checkpoint in the diffusers layout.
+        """Load a checkpoint in the diffusers layout, or a bundle of engines.
 
         Args:
-            model: a preset (`fastsd.presets.PRESETS`), a folder, or a hub id (org/name[@revision]).
+            model: a preset (`fastsd.presets.PRESETS`), a folder (a checkpoint's or a bundle's), or a hub id
+                (org/name[@revision]).
             revision: branch, tag or commit of a hub id.
             variant: which weight files, such as "fp16".
-            dtype: "auto" (`device.pick_dtype`), "float32", "float16", "bfloat16" or a torch dtype.
+            dtype: "auto" (`device.pick_dtype`), "float32", "float16", "bfloat16" or a torch dtype; of a bundle one of
+                the precisions it was exported in ("int8", too).
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-            backend: "auto" or "eager".
+            backend: "auto", "eager" for a checkpoint, or one of a bundle's targets ("onnx", "openvino", ...).
             weights: "checkpoint", or "random": a preset's architecture with seeded random weights and no download, to
                 measure latency and memory with.
             release_prepare: keep the weights that are read once per image (`memory`) in host memory meanwhile;
                 `Timings.reload` says what that costs.
+            trust: run a bundle's native engines though they were built on another machine.
 
         Raises:
             InputError: anything about the arguments or the files is not right; the sentence says what would be.
         """
         if not isinstance(model, str | Path) or not isinstance(variant, str | None):
             raise InputError(f"model and variant are names or paths, not {model!r} and {variant!r}")
+        if bundle.is_bundle(model):
+            if revision or variant or weights != "checkpoint" or release_prepare:
+                raise InputError(
+                    f"{str(model)!r} is a bundle: revision, variant, weights and release_prepare are not its"
+                )
+            components, defaults, engines = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
+            return cls(components, name=engines.name, defaults=defaults, engines=engines)
         on, in_dtype = _place(device, dtype, backend)
         preset = presets.find(model)
         if weights == "random":
@@ -253,9 +282,11 @@ class Pipeline:
         if output_type != "latent":
             images = self.decode(images)
             if output_type != "pt":
-                images = images.cpu().numpy()
+                images = arrays.to_numpy(images)
             if output_type == "pil":
                 images = image.to_pil(images)
+        if output_type == "pt" and isinstance(images, np.ndarray):
+            images = _torch().from_numpy(images)
         timings.decode = time.perf_counter() - started
         return Result(images, request.seeds, timings, request.recipes)
 
@@ -288,28 +319,26 @@ class Pipeline:
 
         started = time.perf_counter()
         halves = 2 if guided else 1  # both halves of guidance run in one batch, the unconditional one first
-        timesteps = torch.from_numpy(stack_timesteps(request.tables)).repeat(1, halves)
-        with self._resident() as timings.reload, torch.inference_mode():
-            modulation, *constants = self.family.prepare(
-                self.components, timesteps.to(self.device), conditioning, request.noise_shape[1:]
-            )
-        noise = request.latents
-        if noise is None:
-            noise = torch.stack([torch.as_tensor(draw(request.noise_shape)) for draw in request.noise])
-        latents = initial_latents(noise.to(self.device, torch.float32), request.tables)
-        self._synchronize()
+        timesteps = np.tile(stack_timesteps(request.tables), (1, halves))
+        _, height, width = request.noise_shape
+        with self._resident() as timings.reload:
+            modulation, *constants = self.functions.prepare(timesteps, conditioning, (height, width))
+        if request.latents is not None:
+            noise = self.functions.array(request.latents)
+        else:
+            noise = arrays.stack([self.functions.array(draw(request.noise_shape)) for draw in request.noise])
+        latents = initial_latents(noise, request.tables)
+        self.functions.synchronize()
         timings.prepare = time.perf_counter() - started
 
-        @torch.inference_mode()
-        def denoiser(model_input: Tensor, row: int) -> Tensor:
-            prediction: Tensor = self.components.denoiser(model_input.to(self.dtype), modulation[row], *constants)
-            return prediction
+        def denoiser(model_input: Array, row: int) -> Array:
+            return self.functions.denoise(model_input, modulation[row], *constants)
 
         started = last = time.perf_counter()
         rescale = request.guidance_rescale
         for step in denoise(denoiser, latents, request.tables, noise=request.noise, guidance_rescale=rescale):
             if step.index == step.total - 1:
-                self._synchronize()
+                self.functions.synchronize()
                 self._refuse_overflow(step.latents, "the denoiser", "latents")
             now = time.perf_counter()
             timings.steps.append(now - last)
@@ -328,6 +357,7 @@ class Pipeline:
             clip_skip=request.clip_skip,
             max_sequence_length=request.max_sequence_length,
             long_prompt=request.long_prompt,
+            read=self.functions.read,
             cache=self.encodings,
             adapters=self._loras.key,
         )
@@ -336,8 +366,8 @@ class Pipeline:
             lengths = " and ".join(str(n) for n in sorted({context.shape[1] for context in contexts}))
             raise InputError(f"the two halves of guidance have {lengths} tokens: give embeddings of one length")
 
-        def join(parts: Sequence[Tensor]) -> Tensor:
-            joined = torch.cat([part.to(self.device, self.dtype) for part in parts])
+        def join(parts: Sequence[Array]) -> Array:
+            joined = arrays.concatenate([self.functions.cast(part) for part in parts])
             self._refuse_overflow(joined, "the text encoder", "hidden states")
             return joined
 
@@ -345,15 +375,15 @@ class Pipeline:
         time_ids = None
         if request.time_ids is not None:
             each = [ids for ids in request.time_ids[-times:] for _ in request.prompts]
-            time_ids = torch.tensor(each, device=self.device)
+            time_ids = self.functions.array(np.array(each))
         return Conditioning(
             context=join(contexts),
             pooled=None if pooled[0] is None else join(pooled),
-            guidance_scale=torch.tensor(request.guidance_scales * times, dtype=torch.float64, device=self.device),
+            guidance_scale=np.array(request.guidance_scales * times, dtype=np.float64),
             time_ids=time_ids,
         )
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Array) -> Array:
         """Latents [batch, C, H, W] to pixels, float32 [batch, 8H, 8W, 3] in 0..1.
 
         Raises:
@@ -363,11 +393,11 @@ class Pipeline:
         channels = self.components.vae.config.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape:
             raise InputError(f"latents are {list(latents.shape)}; they must be [batch, {channels}, height, width]")
-        pixels = vae.decode(self.components.vae, latents.to(self.device))
+        pixels = self.functions.decode(self.functions.array(latents))
         self._refuse_overflow(pixels, "the VAE", "image")
         return pixels
 
-    def encode(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    def encode(self, images: Image.Image | Sequence[Image.Image] | Array) -> Array:
         """Images to latents, float32 [batch, C, height / 8, width / 8]: what `decode` turns back into them.
 
         Args:
@@ -377,13 +407,13 @@ class Pipeline:
             InputError: they are neither, or a side is no multiple of 8 (SD3, Flux: 16).
             NumericError: the VAE produced NaN or Inf.
         """
-        pixels = images if isinstance(images, Tensor) else image.from_pil(images)
+        pixels: Array = images if arrays.is_array(images) else image.from_pil(images)
         if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
             raise InputError(f"pixels are {list(pixels.shape)}; they must be [batch, height, width, 3]")
         check_size(self, pixels.shape[1], pixels.shape[2])
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise InputError("pixels must be finite and from 0 to 1")
-        latents = vae.encode(self.components.vae, pixels)
+        latents = self.functions.encode(self.functions.array(pixels))
         self._refuse_overflow(latents, "the VAE", "latents")
         return latents
 
@@ -411,6 +441,8 @@ class Pipeline:
         Raises:
             InputError: it is none, or not for this model, or images are being made; the weights are as they were.
         """
+        if not self._modules:
+            raise InputError(f"{self.name} is a bundle, whose weights are in its engines: export it with --lora")
         kind = self.family.__name__.rpartition(".")[2]
         adapter = lora.read(path_or_id, kind, weight_name=weight_name, revision=revision)
         with self._alone(), self._resident():
@@ -432,6 +464,8 @@ class Pipeline:
 
     def memory(self) -> dict[str, tuple[int, int]]:
         """Bytes of weights by component, and how many of them only `prepare` reads."""
+        from fastsd import memory
+
         return memory.report({**self._modules, "vae": self.components.vae})
 
     @contextmanager
@@ -449,18 +483,32 @@ class Pipeline:
         """All weights of the denoiser are on the device inside; gives the seconds that this took."""
         return nullcontext(0.0) if self._waiting is None else self._waiting.resident()
 
-    def _refuse_overflow(self, values: Tensor, component: str, what: str) -> None:
-        if not bool(torch.isfinite(values).all()):
-            better = "check the checkpoint's weights" if self.dtype == torch.float32 else "use dtype='float32'"
+    def _refuse_overflow(self, values: Array, component: str, what: str) -> None:
+        if not arrays.all_finite(values):
+            exact = str(self.dtype).endswith("float32")
+            better = "check the checkpoint's weights" if exact else "use dtype='float32'"
             raise NumericError(f"{component} produced NaN or Inf in the {what} in {self.dtype}: {better}")
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tensors need torch: pip install 'fastsd[torch]'") from error
+    return torch
 
 
 def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -> tuple[torch.device, torch.dtype]:
+    """Where a checkpoint's modules go, and in which dtype."""
+    if backend in bundle.TARGETS:
+        raise InputError(
+            f"the backend {backend!r} runs bundles: make one with `fastsd export MODEL --to {backend} -o DIR`, "
+            "and load DIR"
+        )
     if backend not in ("auto", "eager"):
-        raise InputError(f"the backend {backend!r} is unknown: use 'auto' or 'eager'")
+        raise InputError(f"the backend {backend!r} is unknown: use 'auto', 'eager' or {', '.join(bundle.TARGETS)}")
+    _torch()
+    from fastsd.device import pick_device, pick_dtype
+
     on = pick_device(device)
     return on, pick_dtype(dtype, on)

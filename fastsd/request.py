@@ -9,23 +9,22 @@ import math
 import numbers
 import operator
 import secrets
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from fastsd import text
+from fastsd.arrays import Array, all_finite, is_array, is_floating
 from fastsd.errors import InputError
 from fastsd.image import Recipe
 from fastsd.sampling.noise import MAX_SEED, check_seed, noise_source
-from fastsd.sampling.schedulers import resolve_scheduler
 from fastsd.sampling.table import StepTable
 
 if TYPE_CHECKING:
+    import torch
+
     from fastsd.pipeline import Pipeline
 
 MAX_SIDE = 8192  # pixels; beyond it a typing error is likelier than a wish
@@ -95,15 +94,15 @@ class Arguments(TypedDict, total=False):
     num_images_per_prompt: int
     seed: int | Sequence[int] | None
     generator: torch.Generator | Sequence[torch.Generator] | None
-    latents: Tensor | None
+    latents: Array | None
     scheduler: Any
     eta: float
     sigmas: Sequence[float] | None
     timesteps: Sequence[int] | None
-    prompt_embeds: Tensor | None
-    negative_prompt_embeds: Tensor | None
-    pooled_prompt_embeds: Tensor | None
-    negative_pooled_prompt_embeds: Tensor | None
+    prompt_embeds: Array | None
+    negative_prompt_embeds: Array | None
+    pooled_prompt_embeds: Array | None
+    negative_pooled_prompt_embeds: Array | None
     clip_skip: int | None
     max_sequence_length: int | None
     long_prompt: text.LongPrompt | None
@@ -169,7 +168,7 @@ class Request:
     time_ids: tuple[list[float], list[float]] | None  # SDXL: of the unconditional half, of the prompt
     noise_shape: tuple[int, ...]  # of one image's latents
     noise: list[Noise]
-    latents: Tensor | None
+    latents: Array | None
     seeds: list[int | None]
     recipes: list[Recipe]
 
@@ -228,16 +227,18 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
     schedulers = _each("scheduler", given.get("scheduler"), batch)
     counts, custom = _schedule(pipeline, given, batch)
     tokens = noise_shape[1] * noise_shape[2] // family.PATCH**2
+    halves = 2 if max(guidance) > 1 else 1
+    pipeline.functions.admit(halves * batch, (noise_shape[1], noise_shape[2]))
     tables = _tables(pipeline, schedulers, counts, guidance, {"eta": eta, **custom}, tokens)
 
     seeds, noise = _noise_sources(given.get("seed"), given.get("generator"), batch)
     latents = given.get("latents")
     if latents is not None:
         shape = [batch, *noise_shape]
-        if not isinstance(latents, Tensor) or list(latents.shape) != shape:
-            was = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        if not is_array(latents) or list(latents.shape) != shape:
+            was = list(latents.shape) if is_array(latents) else type(latents).__name__
             raise InputError(f"latents are {was}; they must be a tensor {shape}")
-        if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
+        if not is_floating(latents) or not all_finite(latents):
             raise InputError("latents must be finite real numbers")
         if "seed" not in given:
             seeds = [None] * batch  # no seed makes this image again
@@ -246,7 +247,10 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
         return [value for value in values for _ in range(batch // len(values))]
 
     prompts, negative = per_image(prompts), per_image(negative)
-    extra: dict[str, Any] = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": pipeline.device.type}
+    device = str(pipeline.device).partition(":")[0]
+    extra: dict[str, Any] = {"dtype": str(pipeline.dtype).removeprefix("torch."), "device": device}
+    if pipeline.backend != "eager":
+        extra["backend"] = pipeline.backend
     if pipeline.loras:
         extra["loras"] = pipeline.loras
     options = {"eta": eta, "guidance_rescale": guidance_rescale, **custom}
@@ -443,10 +447,7 @@ def _tables(
             key = (*plain, tokens, repr(arguments)) if named else None
             table = pipeline.tables.get(key)
             if table is None:
-                resolved = resolve_scheduler(scheduler, pipeline.components.scheduler)
-                steps, sized = pipeline.family.schedule(pipeline.components, resolved, count, tokens)
-                given = {name: np.array(value) if name == "sigmas" else value for name, value in arguments.items()}
-                table = StepTable.from_scheduler(resolved, steps, **{**sized, **given})
+                table = pipeline.compile_table(scheduler, count, tokens, arguments)
             if key is not None:
                 if len(pipeline.tables) >= MAX_TABLES:
                     pipeline.tables.clear()
@@ -462,11 +463,11 @@ def _noise_sources(seed: Any, generator: Any, batch: int) -> tuple[list[int | No
     if generator is not None:
         if seed is not None:
             raise InputError("give either seed or generator")
-        if isinstance(generator, torch.Generator):
+        if _is_generator(generator):
             return [None] * batch, _shared_noise(generator, batch)
         generators = _each("generator", _list("generator", generator), batch)
         for one in generators:
-            if not isinstance(one, torch.Generator):
+            if not _is_generator(one):
                 raise InputError(f"generator must be a torch.Generator or a list of them, not {type(one).__name__}")
         return [None] * batch, [noise_source(one) for one in generators]
     if seed is None:
@@ -482,13 +483,18 @@ def _noise_sources(seed: Any, generator: Any, batch: int) -> tuple[list[int | No
     return list(seeds), [noise_source(one) for one in seeds]
 
 
+def _is_generator(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Generator)
+
+
 def _shared_noise(generator: torch.Generator, batch: int) -> list[Noise]:
     """One generator for a batch: it draws all images at once, as `diffusers` does, and each takes its part."""
-    waiting: dict[int, Tensor] = {}
+    waiting: dict[int, Array] = {}
     draw_all = noise_source(generator)
 
     def source(image: int) -> Noise:
-        def draw(shape: tuple[int, ...]) -> Tensor:
+        def draw(shape: tuple[int, ...]) -> Array:
             if image not in waiting:
                 waiting.update(enumerate(draw_all((batch, *shape))))
             return waiting.pop(image)
@@ -525,20 +531,20 @@ def _embeds(given: dict[str, Any], side: str, widths: tuple[int, int | None]) ->
     if contexts is None:
         return None
     if pooled is None:
-        return [text.Embedding(context, None) for context in contexts.split(1)]
+        return [text.Embedding(contexts[i : i + 1], None) for i in range(len(contexts))]
     if len(pooled) != len(contexts):
         raise InputError(f"{side}pooled_prompt_embeds has {len(pooled)} entries for {len(contexts)}: give one each")
-    return [text.Embedding(*parts) for parts in zip(contexts.split(1), pooled.split(1), strict=True)]
+    return [text.Embedding(contexts[i : i + 1], pooled[i : i + 1]) for i in range(len(contexts))]
 
 
-def _matching(given: dict[str, Any], name: str, axes: int, dim: int) -> Tensor | None:
+def _matching(given: dict[str, Any], name: str, axes: int, dim: int) -> Array | None:
     value = given.get(name)
     if value is None:
         return None
-    if not isinstance(value, Tensor) or value.ndim != axes or 0 in value.shape or value.shape[-1] != dim:
-        was = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if not is_array(value) or value.ndim != axes or 0 in value.shape or value.shape[-1] != dim:
+        was = list(value.shape) if is_array(value) else type(value).__name__
         raise InputError(f"{name} is {was}; it must be a tensor [prompts, {'tokens, ' if axes == 3 else ''}{dim}]")
-    if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+    if not is_floating(value) or not all_finite(value):
         raise InputError(f"{name} must be finite real numbers")
     return value
 

@@ -14,11 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from fastsd import arrays
+from fastsd.arrays import Array
 from fastsd.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fastsd.tokenizer import Tokenizer
 
 LongPrompt = Literal["cut", "windows"]
@@ -44,24 +44,24 @@ class Encoder(NamedTuple):
 class Encoding(NamedTuple):
     """What one encoder says of one prompt."""
 
-    states: Tensor  # [1, tokens, dim]
-    pooled: Tensor | None  # [1, dim], CLIP's
+    states: Array  # [1, tokens, dim]
+    pooled: Array | None  # [1, dim], CLIP's
 
 
 class Embedding(NamedTuple):
     """What a family's encoders together say of one prompt."""
 
-    context: Tensor  # [1, tokens, dim]
-    pooled: Tensor | None  # [1, dim]
+    context: Array  # [1, tokens, dim]
+    pooled: Array | None  # [1, dim]
 
 
 class Conditioning(NamedTuple):
     """What a denoiser is told besides the latents and the time; B is the batch, or twice that with guidance."""
 
-    context: Tensor  # [B, tokens, dim]
-    pooled: Tensor | None  # [B, dim]
-    guidance_scale: Tensor  # [B] in float64, for guidance-distilled models
-    time_ids: Tensor | None = None  # [B, 6], SDXL: original size, crop and target size, each (height, width)
+    context: Array  # [B, tokens, dim]
+    pooled: Array | None  # [B, dim]
+    guidance_scale: Array  # [B] in float64, for guidance-distilled models
+    time_ids: Array | None = None  # [B, 6], SDXL: original size, crop and target size, each (height, width)
 
 
 def check_prompt(prompt: Any, name: str = "prompt") -> str:
@@ -164,7 +164,12 @@ class Cache:
         return encoding, False
 
     def _digest(self, encoder: Any) -> str:
-        """The digest of an encoder's weights, taken anew when any of them was written to or replaced."""
+        """The digest of an encoder's weights, taken anew when any of them was written to or replaced.
+
+        Those of a bundle's engines never are.
+        """
+        if not hasattr(encoder, "parameters"):
+            return ""
         state = tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in encoder.parameters())
         with self._lock:
             known = self._digests.get(id(encoder))
@@ -205,6 +210,7 @@ def encode(
     clip_skip: int | None,
     max_sequence_length: int,
     long_prompt: LongPrompt,
+    read: Callable[[int, list[list[int]], int | None], Encoding],
     cache: Cache,
     adapters: Callable[[str], Hashable],
 ) -> tuple[list[Embedding], int]:
@@ -219,6 +225,7 @@ def encode(
         clip_skip: see `read`; as in `diffusers`, for the prompts alone.
         max_sequence_length: tokens of T5.
         long_prompt: see `windows`.
+        read: see `backends.Functions`.
         cache: of the pipeline.
         adapters: what is merged into the weights of an encoder, by its name.
 
@@ -249,7 +256,7 @@ def encode(
     def embed(prompt: Prompt, clip_skip: int | None) -> Embedding:
         nonlocal hits
         encodings: list[Encoding | None] = []
-        for (encoder, _, module), texts, one in zip(readers, framed, prompt, strict=True):
+        for place, ((encoder, _, module), texts, one) in enumerate(zip(readers, framed, prompt, strict=True)):
             if module is None:
                 encodings.append(None)
                 continue
@@ -258,7 +265,7 @@ def encode(
                 ids, skip = ids + texts[""] * (most - len(ids)), clip_skip
                 _check_clip_skip(encoder, module, clip_skip)
             key = (encoder.layer, skip, tuple(map(tuple, ids)), adapters(encoder.name))
-            encoding, hit = cache.get(module, key, lambda: read(encoder, module, ids, skip))  # noqa: B023  # called at once
+            encoding, hit = cache.get(module, key, lambda: read(place, ids, skip))  # noqa: B023  # called at once
             encodings.append(encoding)
             hits += hit
         return combine(components, encodings, max_sequence_length)
@@ -276,9 +283,10 @@ def encode(
 
 def zeros(like: Embedding) -> Embedding:
     """The unconditional half of SDXL where there is no negative prompt."""
-    import torch
-
-    return Embedding(torch.zeros_like(like.context), None if like.pooled is None else torch.zeros_like(like.pooled))
+    context, pooled = like
+    return Embedding(
+        arrays.zeros(context.shape, context), None if pooled is None else arrays.zeros(pooled.shape, pooled)
+    )
 
 
 def _check_clip_skip(encoder: Encoder, module: Any, clip_skip: int | None) -> None:

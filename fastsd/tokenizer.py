@@ -40,6 +40,7 @@ class Tokenizer:
         eos: the id that ends a text.
         pad: the id that fills a window after `eos`.
         length: the most ids of one text, marks and padding included (`model_max_length`).
+        origin: what makes it again: the folder that `load` read, or the arguments of `hashing`; None: neither.
     """
 
     encode: Callable[[str], list[int]]
@@ -48,6 +49,7 @@ class Tokenizer:
     eos: int
     pad: int
     length: int
+    origin: Path | Mapping[str, Any] | None = None
 
 
 def load(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -83,7 +85,7 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
             f"{str(folder)!r} is no {kind.name} tokenizer ({reason}): download the checkpoint again"
         ) from error
     encode, decode = partial(_encode, backend), partial(_decode, backend)
-    return Tokenizer(encode, decode, marks.get("bos_token"), marks["eos_token"], marks["pad_token"], length)
+    return Tokenizer(encode, decode, marks.get("bos_token"), marks["eos_token"], marks["pad_token"], length, folder)
 
 
 def from_transformers(tokenizer: Any) -> Tokenizer:
@@ -135,7 +137,8 @@ def hashing(vocab_size: int, *, bos: int | None, eos: int, pad: int, length: int
     ids = [i for i in range(first, vocab_size) if i not in (bos, eos, pad)]
     if not ids:
         raise InputError(f"a vocabulary of {vocab_size} has no id for words from {first} on: make it larger")
-    return Tokenizer(partial(_hash_words, ids), _name_ids, bos, eos, pad, length)
+    origin = {"vocab_size": vocab_size, "bos": bos, "eos": eos, "pad": pad, "length": length, "first": first}
+    return Tokenizer(partial(_hash_words, ids), _name_ids, bos, eos, pad, length, origin)
 
 
 def _encode(backend: Backend, text: str) -> list[int]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +44,7 @@ from fastsd.denoisers.transformer import (
 from fastsd.errors import InputError
 
 PATCH = 2  # latents per token and side
+POSITIONS = 512  # on an axis: those of 8192 pixels
 
 
 class FluxTransformer(nn.Module):
@@ -93,8 +95,8 @@ class FluxTransformer(nn.Module):
             timesteps: [steps, B], any real dtype, in training timesteps (0 to 1000, may be fractional).
             context: [B, text tokens, joint_attention_dim], hidden states of T5.
             pooled: [B, pooled_projection_dim], pooled text of CLIP.
-            height: of the latents, even.
-            width: of the latents, even.
+            height: of the latents, even, up to 1024.
+            width: of the latents, even, up to 1024.
             guidance_scale: [B], read by models with `guidance_embeds` only, which need it.
 
         Raises:
@@ -102,7 +104,7 @@ class FluxTransformer(nn.Module):
         """
         c = self.config
         check_conditioning(timesteps, context, pooled, c.joint_attention_dim, c.pooled_projection_dim)
-        check_size(height, width, PATCH)
+        check_size(height, width, PATCH, PATCH * POSITIONS)
         guidance = None
         if c.guidance_embeds:
             if guidance_scale is None or guidance_scale.shape != timesteps.shape[1:]:
@@ -191,26 +193,36 @@ class SingleBlock(nn.Module):
         return add(x, gate, out)
 
 
-@lru_cache(maxsize=16)  # sizes
 def rotary_table(
-    axes: tuple[int, ...], text_tokens: int, rows: int, columns: int, device: torch.device | None = None
+    axes: Sequence[int], text_tokens: int, rows: int, columns: int, device: torch.device | None = None
 ) -> Tensor:
     """Cosines and sines of the angles of all tokens, [2, text_tokens + rows * columns, sum(axes) / 2] in float32.
 
-    Text lies at the origin, an image token at (0, row, column). Computed in float64 as `diffusers` `FluxPosEmbed` does,
-    once for a size: treat the table as read-only.
+    Text lies at the origin, an image token at (0, row, column). Put together of the axes' own tables, so that sizes may
+    be symbols of a trace.
     """
-    positions = torch.zeros(text_tokens + rows * columns, 3, dtype=torch.float64, device=device)
-    grid = positions[text_tokens:].unflatten(0, (rows, columns))
-    grid[..., 1] = torch.arange(rows, device=device)[:, None]
-    grid[..., 2] = torch.arange(columns, device=device)
-    angles = []
-    for position, dim in zip(positions.unbind(1), axes, strict=True):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
-        angles.append(torch.outer(position, 1.0 / 10000.0**exponents))
-    angle = torch.cat(angles, dim=1)
-    table: Tensor = torch.stack([angle.cos(), angle.sin()]).float()
-    return table
+    first, row, column = (axis_table(dim, device) for dim in axes)
+    image = torch.cat(
+        [
+            first[:, :1, None].expand(-1, rows, columns, -1),
+            row[:, :rows, None].expand(-1, -1, columns, -1),
+            column[:, None, :columns].expand(-1, rows, -1, -1),
+        ],
+        dim=3,
+    )
+    text = torch.cat([table[:, :1] for table in (first, row, column)], dim=2).expand(-1, text_tokens, -1)
+    return torch.cat([text, image.flatten(1, 2)], dim=1)
+
+
+@lru_cache(maxsize=16)  # axes and devices
+def axis_table(dim: int, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines of the angles of all `POSITIONS` on an axis, [2, POSITIONS, dim / 2] in float32.
+
+    Computed in float64 as `diffusers` `FluxPosEmbed` does, and by numpy: a trace sees a constant.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
+    angles = np.outer(np.arange(POSITIONS, dtype=np.float64), 1.0 / 10000.0**exponents)
+    return torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)).to(device)
 
 
 _DEFAULTS: dict[str, Any] = {  # those of diffusers.FluxTransformer2DModel

@@ -25,8 +25,10 @@ def row_chunks(timesteps: Tensor) -> Iterator[tuple[Tensor, int]]:
     Matrix products of different shapes may sum in different orders: so a row has the same bits in a run of 4 steps and
     in one of 50.
     """
-    for chunk in timesteps.split(ROWS):
-        yield torch.cat([chunk, chunk[-1:].expand(ROWS - len(chunk), -1)]), len(chunk)
+    for start in range(0, len(timesteps), ROWS):
+        chunk = timesteps[start : start + ROWS]
+        missing = ROWS - len(chunk)
+        yield torch.cat([chunk, chunk[-1:].expand(missing, -1)]) if missing else chunk, len(chunk)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -37,7 +39,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, fr
     angles = timesteps.float().unsqueeze(-1) * torch.exp(exponent / (half - freq_shift))
     sin, cos = torch.sin(angles), torch.cos(angles)
     embedding = torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
-    return F.pad(embedding, (0, dim % 2))
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
 def guidance_embedding(guidance_scale: Tensor, dim: int) -> Tensor:
@@ -50,7 +52,8 @@ def guidance_embedding(guidance_scale: Tensor, dim: int) -> Tensor:
     rate = torch.full((), 10000.0, device=guidance_scale.device).log() / (half - 1)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=guidance_scale.device) * -rate)
     angles = ((guidance_scale - 1).float() * 1000.0).unsqueeze(-1) * frequencies
-    return F.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1), (0, dim % 2))
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
 class TimestepEmbedding(nn.Module):

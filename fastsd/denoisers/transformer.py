@@ -44,13 +44,14 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, vectors * dim)
         self.vectors = vectors
-        self.scales = slice(0, 1) if vectors == 2 else slice(1, None, 3)
+        self.scale = 0 if vectors == 2 else 1  # the first, of every three
 
     def rows(self, embedding: Tensor) -> Tensor:
         """[..., D] -> [..., vectors * D], every scale with its 1 added, so that no step has to."""
         vectors: Tensor = self.linear(embedding).unflatten(-1, (self.vectors, -1))
-        vectors[..., self.scales, :] += 1
-        return vectors.flatten(-2)
+        # Ones and zeros are added, not 1 in place: a graph gets one addition, not a scatter.
+        is_scale = torch.arange(self.vectors, device=vectors.device) % 3 == self.scale
+        return (vectors + is_scale.to(vectors.dtype).unsqueeze(-1)).flatten(-2)
 
     def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """[B, M] -> `vectors` times [B, 1, D]."""
@@ -299,13 +300,13 @@ def check_conditioning(timesteps: Tensor, context: Tensor, pooled: Tensor, conte
 
 
 def check_size(height: int, width: int, multiple: int, most: int | None = None) -> None:
-    """Refuse latents of a size that cannot be cut into patches.
+    """Refuse latents of a size that cannot be cut into patches (in a trace a size is a symbol).
 
     Raises:
         InputError: names the size, and what it must be a multiple of or must not exceed.
     """
     for size in (height, width):
-        if type(size) is not int or size < multiple or size % multiple or (most is not None and size > most):
+        if type(size) not in (int, torch.SymInt) or size < multiple or size % multiple or (most is not None and size > most):
             right = f"positive multiples of {multiple}" + ("" if most is None else f" up to {most}")
             raise InputError(f"The latents are {height!r} x {width!r}; both must be {right}.")
 

@@ -2,7 +2,7 @@
 
 A family's module has
     ENCODERS    its text encoders, in the checkpoint's order
-    DENOISER    the denoiser's component name and class
+    DENOISER    the denoiser's component name, and what builds it of its configuration
     DEFAULTS    steps and guidance by pipeline class, as in `diffusers`, and T5's tokens
     ARGUMENTS   what a call takes beside `request.Arguments`' common ones
     PATCH       latents that one token of the denoiser has on a side
@@ -13,16 +13,19 @@ A family's module has
     guidance    the scale of classifier-free guidance that an image needs
     schedule    steps and other arguments of the scheduler for an image's size
     prepare     all that no step changes -> the denoiser's constants
+None of them imports torch: bundles run without it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastsd.errors import InputError
 from fastsd.files import one_line
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastsd.checkpoint import Source
+    from fastsd.sampling.table import StepTable
 
 FAMILIES = {
     "StableDiffusionPipeline": "sd",
@@ -77,8 +81,14 @@ def family(class_name: str) -> ModuleType:
     return import_module(f"fastsd.families.{FAMILIES[class_name]}")
 
 
-def load(source: Source, dtype: torch.dtype, device: torch.device) -> Components:
+def load(source: Source, dtype: torch.dtype, device: torch.device, only: Collection[str] | None = None) -> Components:
     """Build the components of a checkpoint and read their weights.
+
+    Args:
+        source: the checkpoint.
+        dtype: of the weights (SDXL's VAE: float32 in place of float16).
+        device: where they go.
+        only: names of the components whose weights are read; the others stay on the meta device. None: all.
 
     Raises:
         InputError: a file is missing, broken or asks for what is not implemented.
@@ -121,11 +131,35 @@ def load(source: Source, dtype: torch.dtype, device: torch.device) -> Components
         scheduler=source.config("scheduler"),
         index=source.index,
     )
-    for component, text_encoder in text_encoders.items():
-        source.load(text_encoder, component, dtype, device)
-    source.load(denoiser, name, dtype, device)
-    source.load(vae, "vae", _vae_dtype(module, dtype), device)
+    for component, part in {**text_encoders, name: denoiser, "vae": vae}.items():
+        if only is None or component in only:
+            source.load(part, component, _vae_dtype(module, dtype) if part is vae else dtype, device)
     return components
+
+
+def compile_table(
+    components: Components, scheduler: Any, steps: int | None, tokens: int, arguments: Mapping[str, Any]
+) -> StepTable:
+    """The table of a sampler for a checkpoint.
+
+    Args:
+        components: of the checkpoint.
+        scheduler: see `schedulers.resolve_scheduler`.
+        steps: None where `arguments` hold a schedule.
+        tokens: of the image; some schedules shift with its size.
+        arguments: eta, sigmas or timesteps.
+
+    Raises:
+        InputError: the scheduler is unknown, refuses its arguments or is no linear recurrence.
+    """
+    from fastsd.sampling.schedulers import resolve_scheduler
+    from fastsd.sampling.table import StepTable
+
+    resolved = resolve_scheduler(scheduler, components.scheduler)
+    module = family(components.index["_class_name"])
+    steps, sized = module.schedule(components, resolved, steps, tokens)
+    given = {name: np.array(value) if name == "sigmas" else value for name, value in arguments.items()}
+    return StepTable.from_scheduler(resolved, steps, **{**sized, **given})
 
 
 def _text_encoder(kind: Any, config: dict[str, Any]) -> Any:

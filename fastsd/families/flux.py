@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from fastsd.denoisers.flux import FluxTransformer
-from fastsd.denoisers.transformer import Constants
 from fastsd.errors import InputError
 from fastsd.families import Components, sd3
 from fastsd.text import Conditioning, Embedding, Encoder, Encoding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastsd.denoisers.flux import FluxTransformer
+    from fastsd.denoisers.transformer import Constants
+
+
+def build(config: Mapping[str, Any]) -> FluxTransformer:
+    """The denoiser of a `transformer/config.json`."""
+    from fastsd.denoisers.flux import FluxTransformer
+
+    return FluxTransformer(config)
+
 
 ENCODERS = (
     Encoder("tokenizer", "text_encoder", "CLIPTextModel"),
     Encoder("tokenizer_2", "text_encoder_2", "T5EncoderModel"),
 )
-DENOISER = ("transformer", FluxTransformer)
+DENOISER = ("transformer", build)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 512},
 }

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from fastsd.denoisers.unet import Constants, UNet
 from fastsd.families import Components
 from fastsd.text import Conditioning, Embedding, Encoder, Encoding
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastsd.denoisers.unet import Constants, UNet
+
+
+def build(config: Mapping[str, Any]) -> UNet:
+    """The denoiser of a `unet/config.json`."""
+    from fastsd.denoisers.unet import UNet
+
+    return UNet(config)
+
+
 ENCODERS = (Encoder("tokenizer", "text_encoder", "CLIPTextModel"),)
-DENOISER = ("unet", UNet)
+DENOISER = ("unet", build)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"num_inference_steps": 50, "guidance_scale": 7.5},
     "LatentConsistencyModelPipeline": {"num_inference_steps": 4, "guidance_scale": 8.5},

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from fastsd.denoisers.sd3 import SD3Transformer
-from fastsd.denoisers.transformer import Constants
+from fastsd.arrays import concatenate, zeros
 from fastsd.families import Components
 from fastsd.text import Conditioning, Embedding, Encoder, Encoding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastsd.denoisers.sd3 import SD3Transformer
+    from fastsd.denoisers.transformer import Constants
+
+
+def build(config: Mapping[str, Any]) -> SD3Transformer:
+    """The denoiser of a `transformer/config.json`."""
+    from fastsd.denoisers.sd3 import SD3Transformer
+
+    return SD3Transformer(config)
+
 
 ENCODERS = (
     Encoder("tokenizer", "text_encoder", "CLIPTextModelWithProjection", layer=-2),
     Encoder("tokenizer_2", "text_encoder_2", "CLIPTextModelWithProjection", layer=-2),
     Encoder("tokenizer_3", "text_encoder_3", "T5EncoderModel", optional=True),
 )
-DENOISER = ("transformer", SD3Transformer)
+DENOISER = ("transformer", build)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"num_inference_steps": 28, "guidance_scale": 7.0, "max_sequence_length": 256},
 }
@@ -43,11 +52,13 @@ def combine(components: Components, encodings: Sequence[Encoding | None], max_se
     """Both CLIPs side by side, padded to T5's width, then T5 (zeros without it) along the tokens; both pooled."""
     first, second, t5 = encodings
     assert first is not None and second is not None and first.pooled is not None and second.pooled is not None
-    clip = torch.cat([first.states, second.states], dim=-1)
     width, _ = widths(components)
-    longer = clip.new_zeros(1, max_sequence_length, width) if t5 is None else t5.states
-    context = torch.cat([F.pad(clip, (0, width - clip.shape[-1])), longer], dim=1)
-    return Embedding(context, torch.cat([first.pooled, second.pooled], dim=-1))
+    clip = [first.states, second.states]
+    missing = width - sum(states.shape[-1] for states in clip)
+    clip.append(zeros((1, first.states.shape[1], missing), first.states))
+    longer = zeros((1, max_sequence_length, width), first.states) if t5 is None else t5.states
+    context = concatenate([concatenate(clip, -1), longer], 1)
+    return Embedding(context, concatenate([first.pooled, second.pooled], -1))
 
 
 def widths(components: Components) -> tuple[int, int | None]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from fastsd.denoisers.unet import Constants, UNet
+from fastsd.arrays import concatenate
 from fastsd.families import Components, sd
 from fastsd.text import Conditioning, Embedding, Encoder, Encoding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastsd.denoisers.unet import Constants
 
 ENCODERS = (
     Encoder("tokenizer", "text_encoder", "CLIPTextModel", layer=-2),
     Encoder("tokenizer_2", "text_encoder_2", "CLIPTextModelWithProjection", layer=-2),
 )
-DENOISER = ("unet", UNet)
+DENOISER = sd.DENOISER
 DEFAULTS: dict[str, dict[str, Any]] = {
     "StableDiffusionXLPipeline": {"num_inference_steps": 50, "guidance_scale": 5.0},
 }
@@ -40,7 +42,7 @@ guidance, schedule = sd.guidance, sd.schedule
 
 def combine(components: Components, encodings: Sequence[Encoding], max_sequence_length: int) -> Embedding:
     """Hidden states of both CLIPs side by side [1, tokens, 768 + 1280], the second's pooled vector [1, 1280]."""
-    return Embedding(torch.cat([encoding.states for encoding in encodings], dim=-1), encodings[1].pooled)
+    return Embedding(concatenate([encoding.states for encoding in encodings], -1), encodings[1].pooled)
 
 
 def widths(components: Components) -> tuple[int, int | None]:

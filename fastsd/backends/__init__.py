@@ -1,0 +1,43 @@
+"""Backends: one file each. All give the same functions, so the straight line cannot tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastsd.arrays import Array
+
+if TYPE_CHECKING:
+    from fastsd.text import Conditioning, Encoding
+
+
+ROWS = 64  # rows that `prepare` computes at a time: a row has the same bits in a run of 4 steps and in one of 50
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What the straight line calls; all are pure. Shapes: B batch of the denoiser, both halves of guidance.
+
+    Attributes:
+        read: (place of the text encoder, ids [windows][tokens], clip_skip) -> its encoding of one prompt.
+        prepare: (timesteps [steps, B], conditioning, (h, w) of the latents) -> modulation [steps, B, M], and whatever
+            else the denoiser takes.
+        denoise: (latents [B, C, h, w], a row [B, M] of the modulation, the rest of `prepare`) -> prediction, float32.
+        decode: latents [batch, C, h, w] -> pixels [batch, height, width, 3] in 0..1, float32.
+        encode: pixels -> latents, the reverse.
+        array: an array, numpy's or torch's, in float32 where the backend computes.
+        cast: likewise, in the dtype in which the backend takes the text.
+        admit: raises `InputError` if no engine runs (B, (h, w)); called before anything is computed.
+        synchronize: waits for the device.
+    """
+
+    read: Callable[[int, list[list[int]], int | None], Encoding]
+    prepare: Callable[[Array, Conditioning, tuple[int, int]], tuple[Array, ...]]
+    denoise: Callable[..., Array]
+    decode: Callable[[Array], Array]
+    encode: Callable[[Array], Array]
+    array: Callable[[Any], Array]
+    cast: Callable[[Any], Array]
+    admit: Callable[[int, tuple[int, int]], None]
+    synchronize: Callable[[], None]

@@ -1,0 +1,535 @@
+"""A bundle: a folder of engines with a manifest, all that a product needs to make images without torch.
+
+`manifest.json`, version 1:
+    format, version     "fastsd.bundle", 1
+    name                what was exported, as the user named it
+    exporter            version of fastsd
+    index, scheduler    model_index.json and scheduler_config.json of the checkpoint
+    configs             by component, what of its configuration a call is checked against
+    defaults            steps and guidance where a call leaves them out
+    tokenizers          by component, a folder of the bundle, or the numbers of a stand-in (random weights)
+    samplers            by name (the checkpoint's own under that of its class), the file with its tables, or the
+                        configuration of a flow Euler, which goes by its formula (`sampling.flow`)
+    weights             by component, the digest of the weights it was made of; `loras`: what was merged into them
+    files               size and sha256 of every file that belongs to no engine
+    variants            one for each target and precision: its engines (`Engine`) and its verification end to end
+A path is relative to the folder. What is listed is checked against its size and sha256 before it is used; what is not
+listed is never opened.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastsd import arrays, files, store
+from fastsd.arrays import Array, concatenate
+from fastsd.backends import ROWS, Functions
+from fastsd.errors import InputError
+from fastsd.text import Conditioning, Encoding
+
+if TYPE_CHECKING:
+    from fastsd.families import Components
+    from fastsd.sampling.table import StepTable
+
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+FORMAT, VERSION = "fastsd.bundle", 1
+
+# Targets, the likeliest to be the fastest first, with the devices that they run on.
+TARGETS = {
+    "tensorrt": ("cuda",),
+    "tensorrt-rtx": ("cuda",),
+    "openvino": ("cpu",),
+    "onnx": ("cuda", "cpu"),
+}
+NATIVE = (".plan", ".engine", ".pt2", ".so")  # code of the machine that built it
+
+Range = tuple[int, int, int]  # min, opt, max
+Run = Callable[..., tuple[Array, ...]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of an engine.
+
+    Attributes:
+        name: as the engine calls it.
+        dtype: "float32", "float16", "bfloat16" or "int64".
+        shape: numbers, and names of what may vary ("batch", "height", "width", "tokens" or an expression of one).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One component, built for one target and one profile.
+
+    Attributes:
+        component: "text_encoder", "prepare", "denoiser", "vae_decoder", ...
+        target: the backend that runs it.
+        path: its main file, relative to the bundle.
+        precision: of its arithmetic.
+        inputs: in the order of the graph.
+        outputs: likewise.
+        profile: min, opt and max of each dimension that the component has: "batch" (rows of the denoiser's batch, both
+            halves of guidance), "height" and "width" (of the latents), "tokens".
+        files: size in bytes and sha256 of every file it is made of, by path relative to the bundle.
+        options: what the target needs to load it.
+        record: how it was made: versions, machine, seconds, memory, and its verification report.
+    """
+
+    component: str
+    target: str
+    path: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profile: Mapping[str, Range]
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The engines of one target in one precision, which together make images."""
+
+    target: str
+    precision: str
+    engines: tuple[Engine, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says; see the module."""
+
+    name: str
+    exporter: str
+    index: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
+    defaults: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
+    samplers: Mapping[str, Any]
+    weights: Mapping[str, str]
+    loras: Mapping[str, float]
+    files: Mapping[str, tuple[int, str]]
+    variants: tuple[Variant, ...]
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
+
+
+class Engines(NamedTuple):
+    """A variant of a bundle, ready to run."""
+
+    name: str
+    target: str
+    precision: str
+    device: str
+    functions: Functions
+    table: Callable[..., StepTable]
+
+
+def is_bundle(model: str | Path) -> bool:
+    """Whether it is the folder of a bundle."""
+    return str(model) != "" and (Path(model) / MANIFEST).is_file()
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a bundle.
+
+    Raises:
+        InputError: it cannot be read, is of another version or damaged.
+    """
+    path = folder / MANIFEST
+    document = files.read_json(path)
+    if document.pop("format", None) != FORMAT:
+        raise InputError(f'{str(path)!r} is no manifest of a bundle: it lacks "format": "{FORMAT}"')
+    if (version := document.pop("version", None)) != VERSION:
+        raise InputError(
+            f"{str(path)!r} has version {version!r}, and this fastsd reads version {VERSION}: export it anew"
+        )
+    try:
+        variants = tuple(
+            Variant(**{**variant, "engines": tuple(_engine(one) for one in variant["engines"])})
+            for variant in document.pop("variants")
+        )
+        manifest = Manifest(**{**document, "files": _listed(document["files"]), "variants": variants})
+        _check_types(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{str(path)!r} is damaged ({files.one_line(error)}): export the bundle anew") from None
+    return manifest
+
+
+def _engine(plain: Mapping[str, Any]) -> Engine:
+    specs = {
+        side: tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in plain[side])
+        for side in ("inputs", "outputs")
+    }
+    profile = {name: _range(value) for name, value in plain["profile"].items()}
+    return Engine(**{**plain, **specs, "profile": profile, "files": _listed(plain["files"])})
+
+
+def _listed(plain: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    return {str(path): (int(size), str(digest)) for path, (size, digest) in plain.items()}
+
+
+def _range(value: Sequence[int]) -> Range:
+    least, usual, most = (int(one) for one in value)
+    if not 1 <= least <= usual <= most:
+        raise ValueError(f"a range of {list(value)}")
+    return least, usual, most
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise `TypeError` where the JSON has another shape than the dataclasses say."""
+    for name in ("index", "scheduler", "configs", "defaults", "tokenizers", "samplers", "weights", "loras"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise TypeError(f"{name} is no object")
+    for variant in manifest.variants:
+        if variant.target not in TARGETS or not variant.engines:
+            raise ValueError(f"a variant for {variant.target!r} with {len(variant.engines)} engines")
+        for engine in variant.engines:
+            if engine.path not in engine.files:
+                raise ValueError(f"{engine.path!r} is not among the files of its engine")
+    for name, where in {**manifest.tokenizers, **manifest.samplers}.items():
+        if isinstance(where, str) and not any(path == where or path.startswith(f"{where}/") for path in manifest.files):
+            raise ValueError(f"{where!r} of {name!r} is not among its files")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From the folder to functions
+
+
+def load(
+    folder: Path, backend: str, precision: str, device: str, *, trust: bool = False
+) -> tuple[Components, Mapping[str, Any], Engines]:
+    """A bundle's components (their configurations alone), defaults and engines, each loaded when it is first needed.
+
+    Args:
+        folder: of the bundle.
+        backend: a target, or "auto": the first of `TARGETS` that the bundle has and this machine runs.
+        precision: that of a variant, or "auto": the first one.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        trust: load native engines though another machine built them.
+
+    Raises:
+        InputError: the bundle is damaged, has no such variant, or none that runs here.
+    """
+    from fastsd import tokenizer
+    from fastsd.families import Components, family
+
+    manifest = read(folder)
+    variant, place = _choose(manifest, folder, backend, precision.removeprefix("torch."), device)
+    listed = dict(manifest.files)
+    for one in manifest.variants:
+        for engine in one.engines:
+            listed |= engine.files
+    store.check_files(folder, listed, checksums=False, besides=(MANIFEST, SIGNATURE))
+    store.check_files(folder, manifest.files, besides=None)
+    module = family(str(manifest.index.get("_class_name")))
+    denoiser = next(engine for engine in variant.engines if engine.component == "denoiser")
+    configs = {name: SimpleNamespace(config=SimpleNamespace(**config)) for name, config in manifest.configs.items()}
+    # The default size is one that there is an engine for.
+    configs["denoiser"].config.sample_size = [denoiser.profile[side][1] for side in ("height", "width")]
+
+    def read_tokenizer(name: str) -> Any:
+        where = manifest.tokenizers.get(name)
+        if isinstance(where, dict):
+            return tokenizer.hashing(**where)
+        return None if where is None else tokenizer.load(folder / where)
+
+    components = Components(
+        tokenizers=tuple(read_tokenizer(encoder.tokenizer) for encoder in module.ENCODERS),
+        text_encoders=tuple(configs.get(encoder.name) for encoder in module.ENCODERS),
+        denoiser=configs["denoiser"],
+        vae=configs["vae"],
+        scheduler=manifest.scheduler,
+        index=manifest.index,
+    )
+    native = any(Path(path).suffix in NATIVE for engine in variant.engines for path in engine.files)
+    if native and not trust and not _made_here(folder):
+        raise InputError(
+            f"{str(folder)!r} holds native engines that were not built on this machine: export it here, or pass "
+            "trust=True (--trust) if you trust who built it"
+        )
+    router = Router(folder, manifest, variant, place)
+    functions = compose(module, components, router.route, router.admit, place)
+    table = functools.partial(_table, folder, manifest, components)
+    return (
+        components,
+        manifest.defaults,
+        Engines(manifest.name, variant.target, variant.precision, place, functions, table),
+    )
+
+
+def _made_here(folder: Path) -> bool:
+    try:
+        signature = (folder / SIGNATURE).read_text()
+        return store.made_here((folder / MANIFEST).read_bytes(), signature)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _choose(manifest: Manifest, folder: Path, backend: str, precision: str, device: str) -> tuple[Variant, str]:
+    """The variant to run, and the device; an `InputError` says what there is, and why it does not run here."""
+    has = [f"{variant.target} in {variant.precision}" for variant in manifest.variants]
+    reasons = []
+    for target, devices in TARGETS.items():
+        for variant in manifest.variants:
+            if (
+                variant.target != target
+                or backend not in ("auto", target)
+                or precision not in ("auto", variant.precision)
+            ):
+                continue
+            for one in devices:
+                if device == "auto" or device.partition(":")[0] == one:
+                    place = one if device == "auto" else device
+                    reason = backend_of(target).available(place)
+                    if reason is None:
+                        return variant, place
+                    reasons.append(reason)
+    if reasons:
+        raise InputError(f"{str(folder)!r} has {' and '.join(has)}, which do not run here: {'; '.join(reasons)}")
+    asked = " ".join(word for word in (backend, precision, device) if word != "auto")
+    raise InputError(
+        f"{str(folder)!r} has {' and '.join(has)}, nothing for {asked}: export that, or ask for what it has"
+    )
+
+
+def backend_of(target: str) -> Any:
+    """The module of a target: `load` and `available`."""
+    return import_module(f"fastsd.backends.{target.partition('-')[0]}")
+
+
+class Router:
+    """The engines of a variant: for each component the tightest one that holds a request, checked and loaded once."""
+
+    def __init__(self, folder: Path, manifest: Manifest, variant: Variant, device: str) -> None:
+        self._folder, self._manifest, self._variant, self._device = folder, manifest, variant, device
+        self._shared: dict[str, Any] = {"cache": store.home() / "cache" / variant.target}
+        self._loaded: dict[str, Run] = {}
+        self._locks = {engine.path: threading.Lock() for engine in variant.engines}
+
+    def route(self, component: str, dims: Mapping[str, int]) -> tuple[Run, frozenset[str]]:
+        """The engine of a component for some dimensions, and the names of its inputs; `InputError` if there is none."""
+        engine = self._tightest(component, dims)
+        with self._locks[engine.path]:
+            run = self._loaded.get(engine.path)
+            if run is None:
+                store.check_files(self._folder, engine.files, besides=None)
+                module = backend_of(engine.target)
+                run = module.load(self._folder / engine.path, engine, device=self._device, shared=self._shared)
+                self._loaded[engine.path] = run
+        return run, frozenset(spec.name for spec in engine.inputs)
+
+    def admit(self, batch: int, size: tuple[int, int]) -> None:
+        """Raise `InputError` if there is no engine for (B, (h, w)) of the latents."""
+        dims = {"batch": batch, "height": size[0], "width": size[1]}
+        for component in ("prepare", "denoiser", "vae_decoder"):
+            self._tightest(component, dims)
+
+    def _tightest(self, component: str, dims: Mapping[str, int]) -> Engine:
+        engines = [engine for engine in self._variant.engines if engine.component == component]
+        holds = [
+            engine
+            for engine in engines
+            if all(low <= dims.get(name, low) <= high for name, (low, _, high) in engine.profile.items())
+        ]
+        if holds:
+            return min(holds, key=lambda engine: math.prod(high for _, _, high in engine.profile.values()))
+        if not engines:
+            raise InputError(f"the bundle has no {component}: export it with --components {component}")
+        factor = _factor(self._manifest.configs["vae"]["block_out_channels"])
+        pixels = {name: dims[name] * factor for name in ("height", "width") if name in dims}
+        others = {name: dims[name] for name in ("batch", "tokens") if name in dims}
+        flags = "".join(f" --{name} {value}" for name, value in {**pixels, **_images(others)}.items())
+        asked = " and ".join(f"{name} {value}" for name, value in {**pixels, **others}.items())
+        raise InputError(
+            f"no {component} of the bundle holds {asked}: "
+            f"`fastsd export {self._manifest.name} --to {self._variant.target} -o {self._folder}{flags}` adds one"
+        )
+
+
+def _factor(block_out_channels: Sequence[int]) -> int:
+    return int(2 ** (len(block_out_channels) - 1))
+
+
+def _images(dims: dict[str, int]) -> dict[str, int | str]:
+    """The batch as --batch counts it, without the doubling by guidance; tokens as they are."""
+    return {name: f"1:1:{(value + 1) // 2}" if name == "batch" and value > 2 else value for name, value in dims.items()}
+
+
+def compose(
+    family: ModuleType,
+    components: Components,
+    route: Callable[[str, Mapping[str, int]], tuple[Run, frozenset[str]]],
+    admit: Callable[[int, tuple[int, int]], None] = lambda batch, size: None,
+    device: str = "cpu",
+) -> Functions:
+    """The functions of the straight line out of one function for each component.
+
+    Args:
+        family: module of `fastsd.families`.
+        components: of which only the configurations are read.
+        route: (component, its dimensions) -> what runs it, and the names of its inputs.
+        admit: see `Functions`.
+        device: "cpu" (numpy arrays) or a CUDA device (torch tensors).
+    """
+
+    def array(values: Any) -> Array:
+        if device == "cpu":
+            return np.ascontiguousarray(arrays.to_numpy(values) if arrays.is_array(values) else values, np.float32)
+        import torch
+
+        return torch.as_tensor(values).to(device, torch.float32)
+
+    def integers(values: Any) -> Array:
+        if device == "cpu":
+            return np.array(values, np.int64)
+        import torch
+
+        return torch.tensor(values, device=device)
+
+    def read(place: int, ids: list[list[int]], clip_skip: int | None) -> Encoding:
+        encoder = family.ENCODERS[place]
+        run, _ = route(encoder.name, {} if encoder.is_clip else {"tokens": len(ids[0])})
+        windows = [run(ids=integers([window])) for window in ids]
+        states = concatenate([outputs[0][clip_skip or 0] for outputs in windows], 0)  # [windows * tokens, dim]
+        return Encoding(states[None], windows[0][1] if encoder.is_clip else None)
+
+    def prepare(timesteps: Array, conditioning: Conditioning, size: tuple[int, int]) -> tuple[Array, ...]:
+        batch, tokens = conditioning.context.shape[:2]
+        run, names = route("prepare", {"batch": batch, "tokens": tokens, "height": size[0], "width": size[1]})
+        latents = (batch, components.vae.config.latent_channels, *size)
+        given = {
+            "hidden_states": conditioning.context,
+            "pooled": conditioning.pooled,
+            "time_ids": conditioning.time_ids,
+            "guidance_scale": array(conditioning.guidance_scale),
+            "latents": arrays.zeros(latents, conditioning.context),
+        }
+        given = {name: value for name, value in given.items() if name in names}
+        rows = []
+        for start in range(0, len(timesteps), ROWS):
+            chunk = timesteps[start : start + ROWS]
+            padded = np.pad(chunk, ((0, ROWS - len(chunk)), (0, 0)), mode="edge")
+            modulation, *others = run(timesteps=array(padded), **given)
+            rows.append(modulation[: len(chunk)])
+        return (concatenate(rows), *others)
+
+    def denoise(latents: Array, modulation: Array, context: Array, *position: Array) -> Array:
+        batch, _, height, width = latents.shape
+        run, _ = route("denoiser", {"batch": batch, "tokens": context.shape[1], "height": height, "width": width})
+        named = dict(zip(("position",), position, strict=False))
+        prediction: Array = run(latents=latents, modulation=modulation, context=context, **named)[0]
+        return prediction
+
+    def one_by_one(component: str, name: str, values: Array, height: int, width: int) -> Array:
+        run, _ = route(component, {"height": height, "width": width})
+        return concatenate([run(**{name: values[i : i + 1]})[0] for i in range(len(values))])
+
+    factor = _factor(components.vae.config.block_out_channels)
+
+    def synchronize() -> None:
+        if device != "cpu":
+            import torch
+
+            torch.cuda.synchronize(device)
+
+    return Functions(
+        read=read,
+        prepare=prepare,
+        denoise=denoise,
+        decode=lambda latents: one_by_one("vae_decoder", "latents", latents, *latents.shape[2:]),
+        encode=lambda pixels: one_by_one(
+            "vae_encoder", "pixels", pixels, pixels.shape[1] // factor, pixels.shape[2] // factor
+        ),
+        array=array,
+        cast=array,
+        admit=admit,
+        synchronize=synchronize,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Samplers
+
+MAX_BYTES = 2**26  # of a sampler's tables, unpacked; 50 of them are 0.5 MB, 1000 of 1 to 1000 steps would be 200 MB
+
+
+def _table(
+    folder: Path,
+    manifest: Manifest,
+    components: Components,
+    scheduler: Any,
+    steps: int | None,
+    tokens: int,
+    arguments: Mapping[str, Any],
+) -> StepTable:
+    """The table of a sampler: from its file, or by its formula; `InputError` if the bundle has none."""
+    from fastsd.families import family
+    from fastsd.sampling.flow import flow_euler
+
+    known = ", ".join(manifest.samplers)
+    if not isinstance(scheduler, str | None):
+        raise InputError(f"a bundle has its samplers as tables: name one of {known}")
+    source = manifest.samplers.get(scheduler or str(manifest.scheduler.get("_class_name")))
+    given = {key: value for key, value in arguments.items() if key != "eta" or value}
+    if source is None:
+        raise InputError(f"the bundle has no sampler {scheduler!r}: use {known}, or export with --samplers {scheduler}")
+    if isinstance(source, str):
+        if given or steps is None:
+            raise InputError(f"the samplers of a bundle are tables without {', '.join(given)}: leave it out")
+        return unpack((folder / source).read_bytes(), steps)
+    stand_in = SimpleNamespace(config=source, set_timesteps=flow_euler)
+    steps, sized = family(str(manifest.index["_class_name"])).schedule(components, stand_in, steps, tokens)
+    try:
+        return flow_euler(source, steps, **{**sized, **given})
+    except TypeError:
+        raise InputError(
+            f"flow Euler of a bundle takes steps or sigmas, not {', '.join(given)}: leave it out"
+        ) from None
+
+
+def unpack(data: bytes, steps: int) -> StepTable:
+    """A table of a sampler's file: gzip of lines of JSON, line n for n steps; the others are not parsed.
+
+    Raises:
+        InputError: there is none of that number, or the data are damaged.
+    """
+    from fastsd.sampling.table import StepTable
+
+    stream = zlib.decompressobj(wbits=31)
+    try:
+        lines = stream.decompress(data, MAX_BYTES).split(b"\n")
+    except zlib.error as error:
+        raise InputError(f"the sampler's tables are damaged ({error}): export the bundle again") from None
+    if not stream.eof:
+        raise InputError("the sampler's tables are cut short, or too large: export the bundle again")
+    if not 1 <= steps <= len(lines):
+        raise InputError(
+            f"the bundle has tables of 1 to {len(lines)} steps, not of {steps}: export it with --max-steps {steps}"
+        )
+    line = lines[steps - 1]
+    if line.startswith(b'{"refused"'):
+        raise InputError(json.loads(line)["refused"])
+    return StepTable.from_json(line)
