@@ -168,7 +168,7 @@ def read(folder: Path) -> Manifest:
         )
     try:
         variants = tuple(
-            Variant(**{**variant, "engines": tuple(_engine(one) for one in variant["engines"])})
+            Variant(**{**variant, "engines": tuple(read_engine(one) for one in variant["engines"])})
             for variant in document.pop("variants")
         )
         manifest = Manifest(**{**document, "files": _listed(document["files"]), "variants": variants})
@@ -178,7 +178,8 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def _engine(plain: Mapping[str, Any]) -> Engine:
+def read_engine(plain: Mapping[str, Any]) -> Engine:
+    """An engine of its JSON."""
     specs = {
         side: tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in plain[side])
         for side in ("inputs", "outputs")
@@ -325,7 +326,7 @@ class Router:
 
     def __init__(self, folder: Path, manifest: Manifest, variant: Variant, device: str) -> None:
         self._folder, self._manifest, self._variant, self._device = folder, manifest, variant, device
-        self._shared: dict[str, Any] = {"cache": store.home() / "cache" / variant.target}
+        self._shared: dict[str, Any] = {"cache": store.home() / "engines"}
         self._loaded: dict[str, Run] = {}
         self._locks = {engine.path: threading.Lock() for engine in variant.engines}
 
@@ -336,6 +337,8 @@ class Router:
             run = self._loaded.get(engine.path)
             if run is None:
                 store.check_files(self._folder, engine.files, besides=None)
+                if engine.path.endswith(".onnx"):  # it may name other files
+                    store.check_external(self._folder / engine.path, self._folder, engine.files)
                 module = backend_of(engine.target)
                 run = module.load(self._folder / engine.path, engine, device=self._device, shared=self._shared)
                 self._loaded[engine.path] = run

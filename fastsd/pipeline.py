@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import numpy as np
 from PIL import Image
 
-from fastsd import arrays, bundle, checkpoint, families, image, lora, presets, random_weights, single_file, text, vae
+from fastsd import arrays, bundle, families, image, lora, text, vae
 from fastsd.arrays import Array
 from fastsd.backends import Functions
 from fastsd.errors import InputError, MissingExtraError, NumericError
@@ -191,6 +191,8 @@ class Pipeline:
             components, defaults, engines = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
             return cls(components, name=engines.name, defaults=defaults, engines=engines)
         on, in_dtype = _place(device, dtype, backend)
+        from fastsd import checkpoint, presets, random_weights  # a bundle needs none of these
+
         preset = presets.find(model)
         if weights == "random":
             if preset is None:
@@ -235,6 +237,8 @@ class Pipeline:
             InputError: anything about the arguments or the files is not right; the sentence says what would be.
         """
         on, in_dtype = _place(device, dtype, backend)
+        from fastsd import single_file
+
         source = single_file.source(path, config=config)
         return cls(families.load(source, in_dtype, on), name=Path(path).stem, release_prepare=release_prepare)
 

@@ -61,6 +61,8 @@ def modules_after(statement: str) -> set[str]:
         "import fastsd.sampling.loop",
         "import fastsd.tokenizer",
         "import fastsd.random_weights, fastsd.lora, fastsd.text",
+        "import fastsd.pipeline, fastsd.bundle, fastsd.store, fastsd.backends.onnx, fastsd.backends.openvino",
+        "import fastsd.families.sd, fastsd.families.sdxl, fastsd.families.sd3, fastsd.families.flux",
         "fastsd_kernels",
     ],
 )

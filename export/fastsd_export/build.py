@@ -1,0 +1,595 @@
+"""From a checkpoint to a bundle, one component in memory at a time; what is not verified is not written.
+
+text encoders   graphs, samples ──────────────────────────────────┐
+denoiser        graphs of `prepare` and of a step, trajectories ──┤ last latents
+VAE             graphs, samples, reference images ────────────────┘
+each engine     built once (the store) and held against its samples
+the bundle      run whole and held against the reference images; then published
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import math
+import os
+import resource
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsd
+from fastsd import bundle, families, lora, store
+from fastsd.bundle import Engine, Manifest, Range, Variant
+from fastsd.checkpoint import Source
+from fastsd.errors import InputError, NumericError
+from fastsd.families import Components
+from fastsd.pipeline import Pipeline
+from fastsd.sampling.schedulers import SIGMAS, is_flow
+from fastsd_export import onnx, openvino, reference, tables, tensorrt, trace, verify
+from fastsd_export.plan import Lane, Plan, Sizes
+from fastsd_export.trace import Traced
+from fastsd_export.verify import Sample
+
+CALIBRATION = 32  # calls of the denoiser whose inputs an int8 engine is calibrated with
+STEPS = 8  # of the longest trajectory that engines are verified on
+CPU = torch.device("cpu")
+# What leaves the range of float16 in the published checkpoints: SDXL's VAE, and T5.
+OVERFLOW = {"sdxl": ("vae_decoder", "vae_encoder"), "sd3": ("text_encoder_3",), "flux": ("text_encoder_2",)}
+ENGINE = "engine.json"  # in the store, beside the files of an engine: what it is
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component as graphs on the disk, and what they must compute; its weights are let go."""
+
+    component: str
+    ranges: Mapping[str, Range]
+    graphs: Mapping[str, tuple[onnx.Graph, str]]  # with their precision, by what lanes share
+    samples: Sequence[Sample]
+    weights: str  # their digest
+    calibration: Sequence[Mapping[str, Any]] = ()
+
+
+def export(
+    source: Source,
+    name: str,
+    folder: Path,
+    *,
+    lanes: Sequence[Lane],
+    sizes: Sizes | None = None,
+    components: Sequence[str] | None = None,
+    samplers: Sequence[str] | None = None,
+    max_steps: int = tables.MAX_STEPS,
+    loras: Sequence[tuple[str, float]] = (),
+    defaults: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    steps: int = STEPS,
+    progress: Progress = lambda line: None,
+) -> Manifest:
+    """Build, verify and publish a bundle, or add engines to the one that is in `folder`.
+
+    Args:
+        source: the checkpoint.
+        name: what the user calls it.
+        folder: becomes the bundle.
+        lanes: what it is to run on.
+        sizes: what it is to hold; None: one image of the checkpoint's own size.
+        components: names of those to build; None: all.
+        samplers: as `tables.tables`; None: all that fit.
+        max_steps: of the samplers.
+        loras: path or hub id and weight of each that is merged.
+        defaults: steps and guidance of the checkpoint where its own index has none.
+        options: of the TensorRT builder, see `tensorrt.build`.
+        steps: of the longest trajectory that engines are verified on.
+        progress: told what is being done, a line at a time.
+
+    Raises:
+        InputError: an argument, the checkpoint or the folder is not right.
+        MissingExtraError: a target's library is not installed.
+        NumericError: an engine strays from the float32 component; nothing is written.
+    """
+    plan = Plan(source, lanes, sizes or Sizes(), components)
+    before = existing(folder)
+    adapters = [(lora.read(path, plan.kind), weight) for path, weight in loras]
+    plan.check_loras(adapters)
+    for lane in plan.lanes:
+        if (reason := bundle.backend_of(lane.target).available("cpu" if lane.on_cpu else "cuda")) is not None:
+            raise InputError(f"{lane} is verified on the machine that builds it, and does not run here: {reason}")
+    with _temporary(folder, "staging") as staging, _temporary(folder, "work") as work:
+        line = Line(plan, adapters, steps, work, progress)
+        engines: dict[Lane, list[Engine]] = {lane: [] for lane in plan.lanes}
+        for parts in line.stages():
+            gc.collect()
+            for part in parts:
+                for lane in plan.lanes:
+                    engines[lane].append(_engine(lane, part, staging, options or {}, progress))
+
+        progress("samplers")
+        manifest = _manifest(plan, name, adapters, defaults, line.weights, samplers, max_steps, staging)
+        variants = {lane: Variant(*lane, tuple(made)) for lane, made in engines.items()}
+        manifest = replace(manifest, variants=tuple(variants.values()))
+        if before is not None:
+            manifest = _join(before, manifest, folder, staging)
+        _write(staging, manifest)
+        if plan.whole:
+            reports: dict[tuple[str, str], dict[str, Any]] = {}
+            for lane in plan.lanes:
+                progress(f"{lane}: the whole bundle")
+                reports[lane] = {"verification": _end_to_end(staging, lane, line)}
+            done = (
+                replace(one, record=reports.get((one.target, one.precision), one.record)) for one in manifest.variants
+            )
+            manifest = replace(manifest, variants=tuple(done))
+            _write(staging, manifest)
+        store.publish(staging, folder)
+    return manifest
+
+
+class Line:
+    """The straight line in float32, with one component in memory at a time.
+
+    Attributes:
+        weights: by component, the digest of its weights.
+        cases: the trajectories.
+        latents: the last ones of each case.
+        images: decoded of them.
+    """
+
+    def __init__(
+        self, plan: Plan, adapters: Sequence[tuple[lora.Adapter, float]], steps: int, work: Path, progress: Progress
+    ) -> None:
+        self._plan, self._adapters, self._work, self._progress = plan, adapters, work, progress
+        self.weights: dict[str, str] = {}
+        self.latents: list[Any] = []
+        self.images: list[Any] = []
+        plain = reference.pipeline(plan.bare, {})
+        calls = CALIBRATION if plan.quantised else 0
+        self.cases = reference.cases(plain, plan.profile, steps=steps, calibration=calls)
+
+    def stages(self) -> Iterator[list[Part]]:
+        """The components' parts; what was in memory for them is let go before the next ones."""
+        texts: dict[str, list[Sample]] = {}
+        for encoder in self._plan.encoders:
+            yield self._text(encoder, texts)
+        yield self._denoiser(texts)
+        yield self._vae()
+
+    def _text(self, encoder: Any, texts: dict[str, list[Sample]]) -> list[Part]:
+        plan = self._plan
+        module = plan.family.ENCODERS.index(encoder)
+        loaded = self._load(encoder.name).text_encoders[module]
+        inputs = reference.text_inputs(plan.bare, self.cases)[encoder.name]
+        choices = 1
+        if encoder.is_clip and "clip_skip" in plan.family.ARGUMENTS:
+            choices = loaded.config.num_hidden_layers + encoder.layer + 1
+        traced = trace.text_encoder(encoder, loaded, inputs[0]["ids"].shape[1], choices)
+        self._progress(f"{encoder.name}: samples")
+        texts[encoder.name] = reference.samples(traced, inputs)
+        return self._parts(encoder.name, (traced, texts[encoder.name], ()))
+
+    def _denoiser(self, texts: Mapping[str, Sequence[Sample]]) -> list[Part]:
+        plan, name = self._plan, self._plan.family.DENOISER[0]
+        loaded, tokens = self._load(name), plan.profile["tokens"][1]
+        prepare, step = trace.prepare(plan.family, loaded, tokens), trace.denoiser(plan.family, loaded, tokens)
+        self._progress("denoiser: trajectories")
+        denoised = reference.denoise(plan.bare, self.cases, texts, prepare, step, calibrate=plan.quantised)
+        self.latents = denoised.latents
+        calibration = reference.spread(denoised.inputs, CALIBRATION)
+        return self._parts(name, (prepare, denoised.prepare, ()), (step, denoised.denoiser, calibration))
+
+    def _vae(self) -> list[Part]:
+        loaded = self._load("vae").vae
+        decoder, encoder = trace.vae_decoder(loaded), trace.vae_encoder(loaded)
+        self._progress("vae: samples")
+        decoded = reference.samples(decoder, reference.vae_inputs(self.latents))
+        self.images = reference.decoded(decoded, self.latents)
+        pixels = [{"pixels": sample.outputs["pixels"]} for sample in decoded]
+        encoded = reference.samples(encoder, pixels)
+        return self._parts("vae", (decoder, decoded, ()), (encoder, encoded, ()))
+
+    def _load(self, component: str) -> Components:
+        """The components, one of them with its weights, in float32 and with the LoRAs in them."""
+        self._progress(f"{component}: weights")
+        plan = self._plan
+        loaded = families.load(plan.source, torch.float32, CPU, only=(component,))
+        named = dict(zip((one.name for one in plan.family.ENCODERS), loaded.text_encoders, strict=True))
+        module = {**named, plan.family.DENOISER[0]: loaded.denoiser, "vae": loaded.vae}[component]
+        merged = lora.Loras({component: module})
+        for i, (adapter, weight) in enumerate(self._adapters):
+            if component in adapter.deltas:
+                merged.load(replace(adapter, deltas={component: adapter.deltas[component]}), weight, str(i))
+        self.weights[component] = digest(module)
+        return loaded
+
+    def _parts(self, name: str, *traces: tuple[Traced, Sequence[Sample], Sequence[Any]]) -> list[Part]:
+        """The graphs of those that are asked for, written while the weights are there."""
+        plan, parts = self._plan, []
+        for traced, samples, calibration in traces:
+            if traced.component not in plan.components:
+                continue
+            ranges = plan.ranges(traced)
+            graphs: dict[str, tuple[onnx.Graph, str]] = {}
+            for lane in plan.lanes:
+                key = _graph_key(lane)
+                if key not in graphs:
+                    self._progress(f"{traced.component}: graph for {lane}")
+                    where = self._work / key
+                    where.mkdir(exist_ok=True)
+                    precision = _graph_precision(lane, plan.kind, traced.component)
+                    opset = _opset(lane, traced.component)
+                    graphs[key] = onnx.write(traced, ranges, where, precision=precision, opset=opset), precision
+            parts.append(Part(traced.component, ranges, graphs, samples, self.weights[name], calibration))
+        return parts
+
+
+def _graph_key(lane: Lane) -> str:
+    """Lanes of one key read the same graphs."""
+    return "cpu" if lane.on_cpu else f"{lane.target}-{lane.precision}"
+
+
+def _opset(lane: Lane, component: str) -> int:
+    """On CPUs the decomposed attention of opset 20 is the faster; TensorRT fuses `Attention`, but not the VAE's."""
+    if lane.on_cpu:
+        return 20
+    return 22 if component.startswith("vae") else 23
+
+
+def _graph_precision(lane: Lane, kind: str, component: str) -> str:
+    if lane.on_cpu:
+        return "float32"
+    overflows = component in OVERFLOW.get(kind, ())
+    return "float32" if lane.precision == "float16" and overflows else lane.precision
+
+
+def _engine_precision(lane: Lane, graph_precision: str, component: str) -> str:
+    if lane.target != "openvino":
+        return graph_precision
+    if component == "prepare":
+        return "float32"  # OpenVINO would round the angles of the timesteps to 8 bits; it runs once an image
+    return lane.precision if lane.precision != "int8" or component == "denoiser" else "bfloat16"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], progress: Progress) -> Engine:
+    """An engine of the store, built and verified if it is not there, as files of the bundle."""
+    graph, written = part.graphs[_graph_key(lane)]
+    precision = _engine_precision(lane, written, part.component)
+    calibration = part.calibration if precision == "int8" else ()
+    recipe: dict[str, Any] = dict(options) if lane.target.startswith("tensorrt") else {}
+    if calibration:
+        recipe["calibration"] = _digest_arrays(calibration)
+    fields = store.fields_for(
+        lane.target,
+        part.component,
+        precision=precision,
+        profile=part.ranges,
+        graph=_digest_graph(graph),
+        weights=part.weights,
+        device="cpu" if lane.on_cpu else "cuda",
+        options=recipe,
+    )
+
+    def build(folder: Path) -> None:
+        progress(f"{part.component}: {lane}")
+        started = time.perf_counter()
+        needs: Mapping[str, Any] = {}
+        if lane.target == "onnx":
+            main = _copy(graph, folder)
+        elif lane.target == "openvino":
+            made = openvino.build(graph.path, part.ranges, folder, precision=precision, calibration=calibration)
+            main, needs = made.path, made.options
+        else:
+            rtx = lane.target == "tensorrt-rtx"
+            plan = tensorrt.build(graph.path, part.ranges, folder, precision=written, rtx=rtx, **options)
+            main, needs = plan.files[0].name, plan.options
+        engine = Engine(
+            part.component, lane.target, main, precision, graph.inputs, graph.outputs, part.ranges, options=needs
+        )
+        seconds = time.perf_counter() - started
+        device = "cpu" if lane.on_cpu else "cuda"
+        run = bundle.backend_of(lane.target).load(folder / main, engine, device=device, shared={})
+        try:
+            fed = verify.feed(run, engine.inputs, device)
+            report = verify.check_component(part.component, fed, part.samples, precision)
+        except verify.Strayed as error:
+            raise NumericError(f"{error}; {_first_stray(error, graph.path, folder / main, lane, precision)}") from None
+        record = {
+            "versions": versions(),
+            "machine": fields["machine"],
+            "weights": part.weights,
+            "build_seconds": round(seconds, 3),
+            "peak_bytes": peak_bytes(),
+            "verification": report,
+        }
+        (folder / ENGINE).write_text(json.dumps(asdict(replace(engine, record=record))))
+
+    found = store.get(fields, build, needed=sum(path.stat().st_size for path in _files_of(graph)))
+    tag = "".join(f"-{name[0]}{low}" + f"-{high}" * (high > low) for name, (low, _, high) in part.ranges.items())
+    where = Path("engines", f"{lane.target}-{lane.precision}", f"{part.component}{tag}")
+    for path in sorted(found.rglob("*")):
+        if path.is_file() and path.name != ENGINE:
+            _link(path, staging / where / path.relative_to(found))
+    files = {f"{where.as_posix()}/{path}": value for path, value in store.hash_files(staging / where).items()}
+    engine = bundle.read_engine(json.loads((found / ENGINE).read_text()))
+    return replace(engine, path=f"{where.as_posix()}/{engine.path}", files=files)
+
+
+def _copy(graph: onnx.Graph, folder: Path) -> str:
+    for path in _files_of(graph):
+        shutil.copyfile(path, folder / path.name)
+    return graph.path.name
+
+
+def _files_of(graph: onnx.Graph) -> list[Path]:
+    """The graph's file, and that of its weights if there is one."""
+    return [path for path in (graph.path, graph.path.with_name(graph.path.name + ".data")) if path.exists()]
+
+
+def _end_to_end(staging: Path, lane: Lane, line: Line) -> dict[str, Any]:
+    """The report of whole runs of the bundle, from the same noise as the float32 ones."""
+    pipe = Pipeline.from_pretrained(staging, backend=lane.target, dtype=lane.precision, trust=True)
+    whole = [case for case in line.cases if not case.only_prepare]
+    latents = [reference.run(pipe, case) for case in whole]
+    images = [pipe.decode(one) for one in latents]
+    return verify.check_images(
+        list(zip(line.latents, latents, strict=True)), list(zip(line.images, images, strict=True)), lane.precision
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def existing(folder: Path) -> Manifest | None:
+    """The manifest of the bundle that is there; None where there is nothing.
+
+    Raises:
+        InputError: something else is there, or its parent is no folder.
+    """
+    if not folder.parent.is_dir():
+        raise InputError(f"the folder {str(folder.parent)!r} does not exist: make it first, or choose another")
+    if bundle.is_bundle(folder):
+        return bundle.read(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{str(folder)!r} is there and is no bundle: choose another name")
+    return None
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, purpose: str) -> Iterator[Path]:
+    """A folder beside `folder`, gone afterwards if it is still there."""
+    path = folder.parent / f".{folder.name}.{purpose}-{secrets.token_hex(4)}"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _manifest(
+    plan: Plan,
+    name: str,
+    adapters: Sequence[tuple[lora.Adapter, float]],
+    defaults: Mapping[str, Any] | None,
+    weights: Mapping[str, str],
+    samplers: Sequence[str] | None,
+    max_steps: int,
+    staging: Path,
+) -> Manifest:
+    """The manifest without engines; tokenizers, samplers and licences are written."""
+    tokenizers: dict[str, Any] = {}
+    licences: list[Path] = []
+    for encoder, tokenizer in zip(plan.family.ENCODERS, plan.meta.tokenizers, strict=True):
+        if tokenizer is None:
+            continue
+        if not isinstance(tokenizer.origin, Path):
+            tokenizers[encoder.tokenizer] = tokenizer.origin
+            continue
+        tokenizers[encoder.tokenizer] = encoder.tokenizer
+        for path in sorted(one for one in tokenizer.origin.iterdir() if one.is_file()):
+            _place(path, staging / encoder.tokenizer / path.name)
+        around = tokenizer.origin.parent
+        licences += [path for pattern in ("LICEN[CS]E*", "NOTICE*", "README.md") for path in around.glob(pattern)]
+    for path in dict.fromkeys(licences):
+        if path.is_file():
+            _place(path, staging / "licences" / path.name)
+    modules = plan.modules()
+    configs = {"denoiser": asdict(plan.meta.denoiser.config), "vae": _some(plan.meta.vae.config, VAE_KEYS)}
+    for encoder in plan.encoders:
+        configs[encoder.name] = _some(modules[encoder.name].config, TEXT_KEYS)
+    return Manifest(
+        name=name,
+        exporter=fastsd.__version__,
+        index=plan.source.index,
+        scheduler=_finite(plan.meta.scheduler),
+        configs=json.loads(json.dumps(configs)),
+        defaults=dict(defaults or {}),
+        tokenizers=tokenizers,
+        samplers=_samplers(plan, samplers, max_steps, staging),
+        weights=weights,
+        loras={adapter.source: weight for adapter, weight in adapters},
+        files={},
+        variants=(),
+    )
+
+
+# What of their configurations a call is checked against.
+VAE_KEYS = ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor")
+TEXT_KEYS = ("num_hidden_layers", "max_position_embeddings")
+
+
+def _finite(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration without infinities, which JSON lacks and no option of ours reads."""
+    return {key: value for key, value in config.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _some(config: Any, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in keys if hasattr(config, key)}
+
+
+def _samplers(plan: Plan, samplers: Sequence[str] | None, max_steps: int, staging: Path) -> dict[str, Any]:
+    """The samplers of the manifest, their tables written; those that cannot be made though asked for are refused."""
+    low, _, high = plan.profile["height"]
+    wide, _, widest = plan.profile["width"]
+    fixed = low == high and wide == widest
+    tokens = low * wide // plan.family.PATCH**2 if fixed else None
+    # The checkpoint's own is always there, and the one that stands in where that makes no table.
+    own = (str(plan.meta.scheduler.get("_class_name")), "flow_euler" if is_flow(plan.meta.scheduler) else "euler")
+    wanted = None if samplers is None else list(dict.fromkeys([*own, *samplers]))
+    made = tables.tables(plan.meta.scheduler, plan.family, wanted, max_steps, tokens=tokens)
+    if refused := [why for name, why in made.left_out.items() if name in (samplers or ())]:
+        raise InputError(f"no tables can be made: {'; '.join(refused)}")
+    found: dict[str, Any] = {}
+    for name in made.formulas:
+        found[name] = {**_finite(plan.meta.scheduler), **(SIGMAS if name == "flow_euler" else {})}
+    (staging / "samplers").mkdir()
+    for name, compiled in made.tables.items():
+        found[name] = f"samplers/{name}.jsonl.gz"
+        (staging / found[name]).write_bytes(tables.pack(compiled))
+    return found
+
+
+def _join(before: Manifest, now: Manifest, folder: Path, staging: Path) -> Manifest:
+    """A bundle with new engines beside those that it has; the same component at the same sizes is replaced."""
+    for what in ("index", "scheduler", "configs", "loras"):
+        if getattr(before, what) != getattr(now, what):
+            raise InputError(
+                f"{str(folder)!r} is a bundle of another checkpoint ({what} differ): choose another folder"
+            )
+    for component in before.weights.keys() & now.weights.keys():
+        if before.weights[component] != now.weights[component]:
+            raise InputError(
+                f"{str(folder)!r} is a bundle of other weights (those of {component} differ): choose another folder"
+            )
+    variants = {(one.target, one.precision): one for one in before.variants}
+    for one in now.variants:
+        made = {engine.path for engine in one.engines}
+        old = variants.get((one.target, one.precision))
+        kept = [engine for engine in old.engines if engine.path not in made] if old is not None else []
+        variants[one.target, one.precision] = replace(one, engines=(*kept, *one.engines))
+    files = {path for variant in variants.values() for engine in variant.engines for path in engine.files}
+    samplers = {**before.samplers, **now.samplers}
+    files |= {where for where in samplers.values() if isinstance(where, str)}
+    store.check_files(folder, {path: size for path, size in _all_files(before).items() if path in files}, besides=None)
+    for path in files:
+        if not (staging / path).exists():
+            _link(folder / path, staging / path)
+    weights = {**before.weights, **now.weights}
+    return replace(now, variants=tuple(variants.values()), samplers=samplers, weights=weights)
+
+
+def _all_files(manifest: Manifest) -> dict[str, tuple[int, str]]:
+    listed = dict(manifest.files)
+    for variant in manifest.variants:
+        for engine in variant.engines:
+            listed |= engine.files
+    return listed
+
+
+def _write(staging: Path, manifest: Manifest) -> None:
+    """Write the manifest, with what belongs to no engine listed in it, and its signature."""
+    engines = {path for variant in manifest.variants for engine in variant.engines for path in engine.files}
+    engines |= {bundle.MANIFEST, bundle.SIGNATURE}
+    found = store.hash_files(staging)
+    text = replace(manifest, files={path: value for path, value in found.items() if path not in engines}).to_json()
+    store.write_atomically(staging / bundle.MANIFEST, text)
+    store.write_atomically(staging / bundle.SIGNATURE, store.sign(text.encode()))
+
+
+def _place(source: Path, target: Path) -> None:
+    """Copy a small file, following links: the hub's cache is made of them."""
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name where the file system can, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Digests and records
+
+
+def digest(module: Any) -> str:
+    """sha256 of a module's parameters and buffers: names, dtypes, shapes and bytes."""
+    hashed = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        hashed.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
+
+
+def _digest_graph(graph: onnx.Graph) -> str:
+    """Of the graph without its weights."""
+    bare = graph.path.with_suffix(".bare.onnx")
+    onnx.strip(graph.path, graph.weights, bare)
+    try:
+        return hashlib.sha256(bare.read_bytes()).hexdigest()
+    finally:
+        bare.unlink()
+
+
+def _digest_arrays(calls: Sequence[Mapping[str, Any]]) -> str:
+    hashed = hashlib.sha256()
+    for call in calls:
+        for name, array in sorted(call.items()):
+            hashed.update(f"{name} {array.dtype} {array.shape};".encode())
+            hashed.update(array.tobytes())
+    return hashed.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that make an engine what it is."""
+    names = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
+    found = {"fastsd": fastsd.__version__}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def peak_bytes() -> int:
+    """The most host memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _first_stray(error: verify.Strayed, graph: Path, main: Path, lane: Lane, precision: str) -> str:
+    """Which tensor of the graph strays first, as far as the target can be asked."""
+    if lane.target not in ("onnx", "openvino"):
+        return "the target shows no tensors inside its engines"
+    target = verify.onnxruntime_probe(main) if lane.target == "onnx" else verify.openvino_probe(main, precision)
+    try:
+        found = verify.first_stray(
+            graph,
+            verify.onnxruntime_probe(graph),
+            target,
+            error.sample.inputs,
+            verify.floor(error.component, precision),
+            output=error.output,
+        )
+    except InputError as reason:
+        return f"no tensor inside can be named ({reason})"
+    return str(found)
