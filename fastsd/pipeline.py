@@ -498,7 +498,7 @@ def _torch() -> Any:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise MissingExtraError("tensors need torch: pip install 'fastsd[torch]'") from error
+        raise MissingExtraError("checkpoints and tensors need torch: pip install 'fastsd[cpu]' (or [gpu])") from error
     return torch
 
 

@@ -40,7 +40,7 @@ from typing import IO, Any, NamedTuple
 import fastsd
 from fastsd import machine
 from fastsd.errors import InputError, MissingExtraError
-from fastsd.files import one_line
+from fastsd.files import one_line, read_json
 
 Files = dict[str, tuple[int, str]]  # path relative to a folder, with slashes -> bytes, sha256 in hexadecimal
 
@@ -159,13 +159,15 @@ def publish(staging: Path, target: Path) -> None:
     beside it as `<target>.old-*`.
 
     Raises:
-        InputError: `target` is a file or a folder of other things (it has no manifest.json), or cannot be replaced.
+        InputError: `target` is a file or a folder of other things (its manifest.json is of another format, or there is
+            none), or cannot be replaced.
     """
     target = Path(os.path.realpath(target))  # a link keeps pointing where it did
     if os.path.lexists(target) and not target.is_dir():
         raise InputError(f"the output {str(target)!r} is a file: name a folder")
     try:
-        if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
+        is_other = _format(target) is None or _format(target) != _format(staging)
+        if target.is_dir() and any(target.iterdir()) and is_other:
             raise InputError(
                 f"the output {str(target)!r} holds other things than a bundle: name a new or an empty folder"
             )
@@ -186,6 +188,13 @@ def publish(staging: Path, target: Path) -> None:
         _sync_folder(target.parent)
     except OSError as error:
         raise _cannot_write(target, error) from error
+
+
+def _format(folder: Path) -> Any:
+    try:
+        return read_json(folder / "manifest.json").get("format")
+    except InputError:
+        return None
 
 
 def _walk(folder: Path) -> dict[str, Path]:
@@ -266,16 +275,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
-    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):  # of an old kernel, or of the file system
-        return False
-    raise OSError(code, os.strerror(code), str(other))
+    # Many file systems, old kernels and sandboxes refuse it, each with another code: all of them mean "not so".
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _cannot_write(path: Path, error: OSError, size: int = 0) -> InputError:
@@ -582,7 +587,7 @@ def _build(root: Path, name: str, fields: Mapping[str, Any], build: Callable[[Pa
         is_full, written = _is_full(error, root), _size(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
         if is_full:
-            raise _full(root, max(needed, written)) from error
+            raise _full(root, max(needed, written + 1)) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

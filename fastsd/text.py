@@ -264,7 +264,7 @@ def encode(
             if encoder.is_clip:
                 ids, skip = ids + texts[""] * (most - len(ids)), clip_skip
                 _check_clip_skip(encoder, module, clip_skip)
-            key = (encoder.layer, skip, tuple(map(tuple, ids)), adapters(encoder.name))
+            key = (encoder.name, encoder.layer, skip, tuple(map(tuple, ids)), adapters(encoder.name))
             encoding, hit = cache.get(module, key, lambda: read(place, ids, skip))  # noqa: B023  # called at once
             encodings.append(encoding)
             hits += hit

@@ -123,7 +123,7 @@ def export(
         manifest = replace(manifest, variants=tuple(variants.values()))
         if before is not None:
             manifest = _join(before, manifest, folder, staging)
-        _write(staging, manifest)
+        manifest = _write(staging, manifest)
         if plan.whole:
             reports: dict[tuple[str, str], dict[str, Any]] = {}
             for lane in plan.lanes:
@@ -133,7 +133,7 @@ def export(
                 replace(one, record=reports.get((one.target, one.precision), one.record)) for one in manifest.variants
             )
             manifest = replace(manifest, variants=tuple(done))
-            _write(staging, manifest)
+            manifest = _write(staging, manifest)
         store.publish(staging, folder)
     return manifest
 
@@ -502,14 +502,16 @@ def _all_files(manifest: Manifest) -> dict[str, tuple[int, str]]:
     return listed
 
 
-def _write(staging: Path, manifest: Manifest) -> None:
+def _write(staging: Path, manifest: Manifest) -> Manifest:
     """Write the manifest, with what belongs to no engine listed in it, and its signature."""
     engines = {path for variant in manifest.variants for engine in variant.engines for path in engine.files}
     engines |= {bundle.MANIFEST, bundle.SIGNATURE}
     found = store.hash_files(staging)
-    text = replace(manifest, files={path: value for path, value in found.items() if path not in engines}).to_json()
+    manifest = replace(manifest, files={path: value for path, value in found.items() if path not in engines})
+    text = manifest.to_json()
     store.write_atomically(staging / bundle.MANIFEST, text)
     store.write_atomically(staging / bundle.SIGNATURE, store.sign(text.encode()))
+    return manifest
 
 
 def _place(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from fastsd import arrays
 from fastsd.demo import world
 
 HERE = Path(__file__).parent
@@ -117,12 +118,10 @@ def draw_scenes(count: int, *, unseen: bool, rng: np.random.Generator) -> list[w
 
 def round_trip(pipe: Any, count: int, rng: np.random.Generator) -> float:
     """Mean PSNR in dB of images through the VAE and back."""
-    import torch
-
     values = []
     for scene in draw_scenes(count, unseen=False, rng=rng):
         pixels = world.paint(scene, world.place_shape(scene, rng)).astype(np.float32)[None] / 255
-        back = pipe.decode(pipe.encode(torch.from_numpy(pixels))).cpu().numpy()
+        back = arrays.to_numpy(pipe.decode(pipe.encode(pixels)))
         values.append(-10 * np.log10(np.mean((back - pixels) ** 2)))
     return round(float(np.mean(values)), 2)
 

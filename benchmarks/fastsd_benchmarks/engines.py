@@ -1,0 +1,367 @@
+"""Engines beside `diffusers`, on the CPU: `python -m fastsd_benchmarks.engines demo --bundle DIR`.
+
+    demo   128 x 128, 20 steps: a call and a cold process, the images' distance from float32,
+           and what the images show of 400 captions
+    sd15   512 x 512, 3 steps, random weights: a bundle of `fastsd export sd15 --weights random --guidance on
+           --to onnx,openvino --quantize int8 -o DIR`; a call and a step, and the same UNet exported whole
+
+All run in turns in one process, so that a busy machine slows all alike; ratios are medians of each round's ratio, with
+the interval that holds 95 % of the medians of rounds drawn anew (bootstrap).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastsd import bundle, machine
+from fastsd.backends import base
+from fastsd.pipeline import Pipeline
+from fastsd_benchmarks.measure import environment
+
+MODELS: dict[str, dict[str, Any]] = {
+    "demo": {"prompt": "a red circle on a blue background", "steps": 20, "scheduler": "dpmpp_2m", "size": 128},
+    "sd15": {"prompt": "a photograph of a cat", "steps": 3, "scheduler": "dpmpp_2m", "size": 512},
+}
+LANES = (("onnx", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"))
+PEER = "diffusers bfloat16"
+SEED = 7
+
+Call = Callable[[], tuple[np.ndarray[Any, Any], float]]  # pixels, seconds of a step
+
+
+def engines(folder: Path, model: Mapping[str, Any]) -> dict[str, Call]:
+    """A call of each variant of the bundle."""
+    calls: dict[str, Call] = {}
+    for target, precision in LANES:
+        pipe = Pipeline.from_pretrained(folder, backend=target, dtype=precision, device="cpu")
+        calls[f"{target} {precision}"] = _ours(pipe, model)
+    return calls
+
+
+def _ours(pipe: Pipeline, model: Mapping[str, Any]) -> Call:
+    def call() -> tuple[np.ndarray[Any, Any], float]:
+        result = pipe(
+            model["prompt"],
+            seed=SEED,
+            num_inference_steps=model["steps"],
+            scheduler=model["scheduler"],
+            output_type="np",
+        )
+        return result.images, statistics.median(result.timings.steps)
+
+    return call
+
+
+def peer(name: str, model: Mapping[str, Any], dtype: torch.dtype, guidance_scale: float) -> Call:
+    """`diffusers` on the same weights, seed and sampler, with its memory layout that is the faster here."""
+    import diffusers
+
+    if name == "demo":
+        from fastsd.checkpoint import resolve
+
+        pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(resolve(name), dtype=dtype)
+    else:
+        pipeline = _random(name, dtype)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call() -> tuple[np.ndarray[Any, Any], float]:
+        ends: list[float] = [time.perf_counter()]
+
+        def after(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            ends.append(time.perf_counter())
+            return values
+
+        images = pipeline(
+            model["prompt"],
+            num_inference_steps=model["steps"],
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(SEED),
+            height=model["size"],
+            width=model["size"],
+            output_type="np",
+            callback_on_step_end=after,
+        ).images
+        return images, statistics.median(np.diff(ends).tolist()[1:])
+
+    return call
+
+
+def _random(name: str, dtype: torch.dtype) -> Any:
+    """The preset's architecture in `diffusers`, with the random weights that ours has."""
+    import diffusers
+    import transformers
+
+    from fastsd import presets, random_weights
+
+    source = random_weights.source(presets.PRESETS[name])
+    cpu = torch.device("cpu")
+
+    def load(make: Callable[[dict[str, Any]], Any], component: str) -> Any:
+        with torch.device("meta"):
+            module = make(source.config(component))
+        source.load(module, component, dtype, cpu)
+        return module
+
+    tokenizer = source.tokenizer("tokenizer")
+
+    def tokenize(text: Any, **_: Any) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        rows = []
+        for one in texts:
+            ids = [tokenizer.bos, *tokenizer.encode(one)[:75], tokenizer.eos]
+            rows.append(ids + [tokenizer.pad] * (77 - len(ids)))
+        return transformers.BatchEncoding({"input_ids": torch.tensor(rows), "attention_mask": None})
+
+    class Tokenizer(transformers.PreTrainedTokenizer):  # type: ignore[misc]
+        model_max_length = 77
+
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, text: Any, **options: Any) -> Any:
+            return tokenize(text)
+
+    return diffusers.StableDiffusionPipeline(
+        vae=load(diffusers.AutoencoderKL.from_config, "vae"),
+        text_encoder=load(
+            lambda config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)), "text_encoder"
+        ),
+        tokenizer=Tokenizer(),
+        unet=load(diffusers.UNet2DConditionModel.from_config, "unet"),
+        scheduler=getattr(diffusers, source.index["scheduler"][1]).from_config(source.config("scheduler")),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def whole_unet(name: str, folder: Path, size: int) -> Callable[[], Any]:
+    """`diffusers`' UNet exported as it is, time embeddings and text keys and values in every step, by OpenVINO."""
+    import diffusers
+    import openvino as ov
+
+    from fastsd import checkpoint, presets, random_weights
+
+    source = (
+        random_weights.source(presets.PRESETS[name]) if name != "demo" else checkpoint.source(checkpoint.resolve(name))
+    )
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(source.config("unet"))
+    source.load(unet, "unet", torch.float32, torch.device("cpu"))
+    text = torch.randn(2, 77, unet.config.cross_attention_dim)
+    inputs = (torch.randn(2, 4, size // 8, size // 8), torch.tensor(500.0), text)
+
+    class Whole(torch.nn.Module):
+        def __init__(self, unet: torch.nn.Module) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample: Any, timestep: Any, text: Any) -> Any:
+            return self.unet(sample, timestep, text, return_dict=False)[0]
+
+    path = folder / "whole.onnx"
+    torch.onnx.export(
+        Whole(unet).eval(), inputs, str(path), dynamo=True, opset_version=20, external_data=True, verbose=False
+    )
+    given = [tensor.numpy() for tensor in inputs]
+    del unet, inputs
+    gc.collect()
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": base.threads(),
+    }
+    request = ov.Core().compile_model(str(path), "CPU", config).create_infer_request()
+    return lambda: request.infer(dict(enumerate(given)), share_inputs=True)
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """What holds 95 % of the medians of as many ratios, drawn with replacement."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compare(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """All in turns: a call and a step of each, and the distance of its image from that of float32."""
+    model = MODELS[name]
+    ours = engines(folder, model)
+    guidance = float(Pipeline.from_pretrained(folder, backend="onnx").defaults["guidance_scale"])
+    calls = {PEER: peer(name, model, torch.bfloat16, guidance), **ours}
+    reference, _ = ours["onnx float32"]()
+    distances = {one: _distance(reference, call()[0]) for one, call in calls.items()}  # the warm-up as well
+    seconds: dict[str, list[float]] = {one: [] for one in calls}
+    steps: dict[str, list[float]] = {one: [] for one in calls}
+    for _ in range(rounds):
+        for one, call in calls.items():
+            started = time.perf_counter()
+            steps[one].append(call()[1])
+            seconds[one].append(time.perf_counter() - started)
+    rows = []
+    for one in calls:
+        ratios = [a / b for a, b in zip(steps[one], steps[PEER], strict=True)]
+        rows.append(
+            {
+                "name": one,
+                "seconds": statistics.median(seconds[one]),
+                "step_ms": 1000 * statistics.median(steps[one]),
+                "step_ratio": statistics.median(ratios),
+                "step_ratio_interval": interval(ratios),
+                **distances[one],
+            }
+        )
+    quantised = [a / b for a, b in zip(steps["openvino int8"], steps["openvino bfloat16"], strict=True)]
+    return {
+        "rows": rows,
+        "int8 / bfloat16": {"median": statistics.median(quantised), "interval": interval(quantised)},
+    }
+
+
+def _distance(reference: np.ndarray[Any, Any], images: np.ndarray[Any, Any]) -> dict[str, float]:
+    from fastsd_export import verify
+
+    return {"psnr": verify.psnr(reference, images), "ssim": verify.ssim(reference, images)}
+
+
+def against_whole(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """A step of the engine in bfloat16 beside the UNet exported whole, on inputs of the same shapes."""
+    model = MODELS[name]
+    size = model["size"]
+    manifest = bundle.read(folder)
+    variant = next(one for one in manifest.variants if (one.target, one.precision) == ("openvino", "bfloat16"))
+    spec = next(one for one in variant.engines if one.component == "denoiser")
+    dims = {"batch": 2, "tokens": 77, "height": size // 8, "width": size // 8}
+    arrays = {
+        one.name: np.random.default_rng(0).standard_normal([dims.get(str(d), d) for d in one.shape], np.float32)
+        for one in spec.inputs
+    }
+    run = bundle.backend_of("openvino").load(folder / spec.path, spec, device="cpu", shared={})
+    with tempfile.TemporaryDirectory() as work:
+        whole = whole_unet(name, Path(work), size)
+        calls = {"denoiser": lambda: run(**arrays), "whole": whole}
+        seconds: dict[str, list[float]] = {one: [] for one in calls}
+        for turn in range(rounds + 1):
+            for one, call in calls.items():
+                started = time.perf_counter()
+                call()
+                if turn:  # the first warms up
+                    seconds[one].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(seconds["denoiser"], seconds["whole"], strict=True)]
+    return {
+        "step_ms": 1000 * statistics.median(seconds["denoiser"]),
+        "whole_ms": 1000 * statistics.median(seconds["whole"]),
+        "ratio": statistics.median(ratios),
+        "interval": interval(ratios),
+    }
+
+
+COLD = """
+import sys
+import fastsd
+folder, backend, dtype, out = sys.argv[1:]
+pipe = fastsd.Pipeline.from_pretrained(folder, backend=backend, dtype=dtype)
+result = pipe({prompt!r}, seed=7, num_inference_steps={steps}, scheduler={scheduler!r})
+result.save(out, overwrite=True)
+"""
+
+
+def cold_starts(folder: Path, repeats: int) -> dict[str, float]:
+    """Median seconds of a process from its start to the saved image, for the demo: by variant, and from torch."""
+    lanes = {f"{target} {precision}": (str(folder), target, precision) for target, precision in LANES}
+    lanes["torch float32"] = ("demo", "eager", "float32")
+    seconds: dict[str, list[float]] = {name: [] for name in lanes}
+    code = COLD.format(**{key: MODELS["demo"][key] for key in ("prompt", "steps", "scheduler")})
+    with tempfile.TemporaryDirectory() as work:
+        for turn in range(repeats + 1):
+            for name, arguments in lanes.items():
+                started = time.perf_counter()
+                subprocess.run([sys.executable, "-c", code, *arguments, f"{work}/image.png"], check=True)
+                if turn:  # the first fills the caches, which a machine has after one run
+                    seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def shown(folder: Path, captions: int) -> dict[str, dict[str, float]]:
+    """What the demo's images show of as many captions, by variant: the same prompts and seeds for all."""
+    from fastsd.demo import evaluate, world
+
+    scenes = [
+        scene
+        for unseen in (False, True)
+        for scene in evaluate.draw_scenes(captions // 2, unseen=unseen, rng=np.random.default_rng((SEED, unseen)))
+    ]
+    rng = np.random.default_rng(SEED)
+    prompts = [world.caption(scene, rng) for scene in scenes]
+    scores = {}
+    for target, precision in LANES:
+        pipe = Pipeline.from_pretrained(folder, backend=target, dtype=precision)
+        images = []
+        for i, prompt in enumerate(prompts):
+            result = pipe(prompt, seed=i, num_inference_steps=20, scheduler="dpmpp_2m")
+            images.append(np.asarray(result.images[0]))
+        scores[f"{target} {precision}"] = evaluate.score(scenes, images)
+    return scores
+
+
+def main() -> None:
+    """Measure, print a table, and with `--json FILE` write the document."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--bundle", type=Path, required=True, help="a folder that `fastsd export` made")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--captions", type=int, default=400, help="of the demo, that its images are judged by")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    report: dict[str, Any] = {
+        "model": args.model,
+        **MODELS[args.model],
+        "environment": environment(torch.device("cpu")),
+        "machine": machine.describe("cpu"),
+        **compare(args.model, args.bundle, args.rounds),
+    }
+    gc.collect()
+    report["denoiser / whole UNet"] = against_whole(args.model, args.bundle, args.rounds)
+    if args.model == "demo":
+        report["cold_start_seconds"] = cold_starts(args.bundle, args.rounds)
+        report["shown"] = shown(args.bundle, args.captions)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    console = Console()
+    table = Table(title=f"{args.model}, {report['size']} x {report['size']}, {report['steps']} steps", box=None)
+    for heading in ("", "s a call", "ms a step", "of the peer's step", "interval", "PSNR dB", "SSIM"):
+        table.add_column(heading, justify="right")
+    for row in report["rows"]:
+        low, high = row["step_ratio_interval"]
+        numbers = (
+            f"{row['seconds']:.3g}",
+            f"{row['step_ms']:.4g}",
+            f"{row['step_ratio']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+        )
+        table.add_row(row["name"], *numbers, f"{row['psnr']:.1f}", f"{row['ssim']:.4f}")
+    console.print(table)
+    for name in ("int8 / bfloat16", "denoiser / whole UNet", "cold_start_seconds", "shown"):
+        if name in report:
+            console.print(name, report[name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Bundles: what `fastsd export` writes runs without torch and makes the images of the checkpoint."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastsd
+from fastsd import bundle, checkpoint, store
+from fastsd.errors import InputError, NumericError
+from fastsd.pipeline import Pipeline
+from fastsd_export import build
+from fastsd_export.plan import Lane, Sizes
+
+ONNX, OPENVINO = Lane("onnx", "float32"), Lane("openvino", "float32")
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `FASTSD_HOME` of the tests, so that they share what they build and leave the user's alone."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSD_HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def exported(make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory, home: Path) -> Callable[[str], Path]:
+    """The bundle of a tiny checkpoint, for two targets; read-only."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("bundles") / family
+            before = os.environ.get("FASTSD_HOME")
+            os.environ["FASTSD_HOME"] = str(home)
+            try:
+                export(make_checkpoint(family), made[family])
+            finally:
+                os.environ.pop("FASTSD_HOME") if before is None else os.environ.update(FASTSD_HOME=before)
+        return made[family]
+
+    return make
+
+
+def export(model: Path, folder: Path, lanes: tuple[Lane, ...] = (ONNX, OPENVINO), **options: Any) -> bundle.Manifest:
+    given: dict[str, Any] = {"samplers": ["euler", "dpmpp_2m"], "max_steps": 6, "steps": 3}
+    flow = (model / "transformer").is_dir()
+    given["samplers"] = ["flow_euler"] if flow else given["samplers"]
+    sizes = Sizes(batch=(1, 1, 2), height=(64, 64, 96), width=(64, 64, 64))  # what varies and what does not
+    return build.export(checkpoint.source(model), "tiny", folder, lanes=lanes, **{**given, "sizes": sizes, **options})
+
+
+# Calls of the pipeline that both must answer alike.
+CALLS: dict[str, dict[str, Any]] = {
+    "guided": {"prompt": "the red cat", "guidance_scale": 4.0},
+    "negative": {"prompt": "the red cat", "negative_prompt": "a dog", "guidance_scale": 4.0},
+    "unguided": {"prompt": "the red cat", "guidance_scale": 1.0},
+    "batch": {
+        "prompt": ["the cat", "red"],
+        "seed": [5, 6],
+        "num_inference_steps": [2, 4],
+        "guidance_scale": [1.0, 3.0],
+    },
+    "tall": {"prompt": "the cat", "height": 96, "width": 64},
+    "clip_skip": {"prompt": "the red cat", "clip_skip": 1},
+    "rescaled": {"prompt": "the red cat", "guidance_scale": 7.0, "guidance_rescale": 0.7},
+}
+
+RUN = """
+import json, sys
+for name in ("torch", "diffusers", "transformers", "onnx"):
+    sys.modules[name] = None
+import numpy as np
+import fastsd
+folder, backend, out, *calls = sys.argv[1:]
+pipe = fastsd.Pipeline.from_pretrained(folder, backend=backend, dtype="float32")
+made = {}
+for call in calls:
+    given = json.loads(call)
+    name, prompt = given.pop("name"), given.pop("prompt")
+    result = pipe(prompt, output_type="np", **{"seed": 3, "num_inference_steps": 4, **given})
+    made[name] = result.images
+    made["latents_" + name] = pipe(prompt, output_type="latent", **{"seed": 3, "num_inference_steps": 4, **given}).images
+pixels = made[name]
+made["encoded"] = pipe.encode(pixels)
+np.savez(out, **made)
+assert not {"torch", "diffusers", "transformers", "onnx"} & {k for k, v in sys.modules.items() if v is not None}
+"""
+
+
+def run_without_torch(folder: Path, backend: str, out: Path, calls: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+    arguments = [json.dumps({"name": name, **call}) for name, call in calls.items()]
+    command = [sys.executable, "-c", RUN, str(folder), backend, str(out), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0, run.stderr
+    return dict(np.load(out))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    "family", ["sd", *(pytest.param(name, marks=pytest.mark.full) for name in ("sdxl", "sd3", "flux"))]
+)
+def test_without_torch_it_makes_the_images_of_the_checkpoint(
+    family: str, backend: str, exported: Callable[[str], Path], make_checkpoint: Make, tmp_path: Path
+) -> None:
+    calls = dict(CALLS)
+    if family == "flux":
+        calls = {name: calls[name] for name in ("guided", "batch", "tall")}
+    made = run_without_torch(exported(family), backend, tmp_path / "made.npz", calls)
+    eager = Pipeline.from_pretrained(make_checkpoint(family), dtype="float32", device="cpu")
+    for name, call in calls.items():
+        given = {"seed": 3, "num_inference_steps": 4, **call}
+        expected = eager(output_type="np", **given)
+        # One level of 256: what 1e-4 of the latents, another order of the sums, may move a pixel by.
+        assert np.abs(made[name] - expected.images).max() <= 1 / 255, name
+        latents = eager(output_type="latent", **given).images.numpy()
+        assert np.abs(made[f"latents_{name}"] - latents).max() <= 1e-3 * latents.std(), name
+    encoded = eager.encode(made[name]).numpy()
+    assert np.abs(made["encoded"] - encoded).max() <= 1e-3 * encoded.std()
+
+
+def test_a_bundle_takes_the_call_of_any_model(exported: Callable[[str], Path], tiny: Path) -> None:
+    pipe = Pipeline.from_pretrained(exported("sd"), backend="onnx")
+    eager = Pipeline.from_pretrained(tiny, dtype="float32", device="cpu")
+    assert (pipe.backend, pipe.device, pipe.dtype) == ("onnx", "cpu", "float32")
+    result = pipe("the red cat", seed=1, num_inference_steps=3)
+    assert isinstance(result.images[0], Image.Image) and result.seeds == [1]
+    recipe = json.loads(result.recipes[0].to_json())
+    assert recipe["extra"] == {"dtype": "float32", "device": "cpu", "backend": "onnx"}
+    assert pipe("the red cat", seed=1, num_inference_steps=3, output_type="pt").images.shape == (1, 64, 64, 3)
+    steps = list(pipe.stream("the red cat", seed=1, num_inference_steps=3))
+    assert [step.index for step in steps] == [0, 1, 2] and steps[2].preview()[0].size == (64, 64)
+    # Noise of the caller's, embeddings of the caller's, torch's or numpy's.
+    import torch
+
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for latents in (noise, noise.numpy()):
+        given = pipe("the red cat", latents=latents, num_inference_steps=3, output_type="np").images
+        assert np.abs(given - pipe("the red cat", seed=1, num_inference_steps=3, output_type="np").images).max() < 1e-4
+    context = eager.functions.read(0, [[1] * 77], None).states
+    for embeds in (context, context.numpy()):
+        ours = pipe(prompt_embeds=embeds, seed=1, num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+        theirs = eager(
+            prompt_embeds=context, seed=1, num_inference_steps=2, guidance_scale=1.0, output_type="np"
+        ).images
+        assert np.abs(ours - theirs).max() <= 1 / 255
+    # The caller's generator draws as in the eager pipeline.
+    generators = [torch.Generator().manual_seed(9) for _ in range(2)]
+    pair = [
+        one("the cat", generator=g, num_inference_steps=2, output_type="np").images
+        for one, g in zip((pipe, eager), generators)
+    ]
+    assert np.abs(pair[0] - pair[1]).max() <= 1 / 255
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "size": ({"height": 128}, "no prepare|no denoiser|height 128"),
+    "batch": ({"num_images_per_prompt": 4}, "batch 8"),
+    "sampler": ({"scheduler": "heun"}, "has no sampler 'heun': use .*dpmpp_2m.*--samplers heun"),
+    "steps": ({"num_inference_steps": 7, "scheduler": "euler"}, "tables of 1 to 6 steps, not of 7.*--max-steps 7"),
+    "eta": ({"eta": 0.5}, "tables without eta"),
+    "sigmas": ({"sigmas": [1.0, 0.5], "scheduler": "euler"}, "tables without sigmas"),
+    "instance": ({"scheduler": object()}, "has its samplers as tables"),
+    "windows": ({"prompt": "a " * 200, "long_prompt": "windows"}, "tokens 231"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_bundle_does_not_hold_is_refused_with_the_command_that_adds_it(
+    case: str, exported: Callable[[str], Path]
+) -> None:
+    pipe = Pipeline.from_pretrained(exported("sd"), backend="onnx")
+    given, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        pipe(**{"prompt": "the cat", "num_inference_steps": 2, **given})
+    if case in ("size", "batch", "windows"):
+        with pytest.raises(InputError, match="fastsd export tiny --to onnx -o"):
+            pipe(**{"prompt": "the cat", "num_inference_steps": 2, **given})
+
+
+def test_loading_refuses_in_one_sentence(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = exported("sd")
+    for arguments, message in [
+        ({"backend": "tensorrt"}, "has onnx in float32 and openvino in float32, nothing for tensorrt"),
+        ({"dtype": "bfloat16"}, "nothing for bfloat16"),
+        ({"device": "cuda", "backend": "openvino"}, "which do not run here: OpenVINO runs here on the CPU"),
+        ({"variant": "fp16"}, "is a bundle, which has no"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Pipeline.from_pretrained(folder, **arguments)
+    with pytest.raises(InputError, match="--lora"):
+        Pipeline.from_pretrained(folder).load_lora("style.safetensors")
+    with pytest.raises(InputError, match="runs bundles: make one with `fastsd export"):
+        Pipeline.from_pretrained("demo", backend="onnx")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((folder / bundle.MANIFEST).read_text())
+    change(document)
+    (folder / bundle.MANIFEST).write_text(json.dumps(document))
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "format": (lambda m: m.update(format="other"), "no manifest of a bundle"),
+    "version": (lambda m: m.update(version=2), "has version 2"),
+    "missing field": (lambda m: m.pop("configs"), "is damaged"),
+    "unknown field": (lambda m: m.update(more=1), "is damaged"),
+    "variants": (lambda m: m.update(variants=3), "is damaged"),
+    "target": (lambda m: m["variants"][0].update(target="abacus"), "is damaged"),
+    "no engines": (lambda m: m["variants"][0].update(engines=[]), "is damaged"),
+    "range": (lambda m: m["variants"][0]["engines"][1]["profile"].update(batch=[2, 1, 1]), "is damaged"),
+    "path": (lambda m: m["variants"][0]["engines"][0].update(path="../x.onnx"), "is damaged"),
+    "files outside": (lambda m: m["files"].update({"../../secret": [1, "00"]}), "secret"),
+    "tokenizer outside": (lambda m: m["tokenizers"].update(tokenizer="/etc"), "is damaged"),
+    "sampler outside": (lambda m: m["samplers"].update(euler="../../x"), "is damaged"),
+    "family": (lambda m: m["index"].update(_class_name="KandinskyPipeline"), "does not run"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_manifest_is_one_sentence(case: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported("sd"), folder)
+    change, message = DAMAGED[case]
+    edit(folder, change)
+    with pytest.raises(InputError, match=message) as refusal:
+        Pipeline.from_pretrained(folder, backend="onnx")("the cat", num_inference_steps=1)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_file_of_a_bundle_may_change(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    """A flipped byte in any file is found before anything of it is used."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported("sd"), folder)
+    rng = np.random.default_rng(0)
+    for name in sorted(store.hash_files(folder)):
+        if name in (bundle.MANIFEST, bundle.SIGNATURE) or "openvino" in name:
+            continue
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        place = int(rng.integers(len(data)))
+        data[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="is damaged"):
+            pipe = Pipeline.from_pretrained(folder, backend="onnx")
+            pipe.encode(pipe("the cat", num_inference_steps=1, output_type="np").images)
+        data[place] = (exported("sd") / name).read_bytes()[place]
+        path.write_bytes(data)
+    (folder / "planted.json").write_text("{}")
+    with pytest.raises(InputError, match="planted"):
+        Pipeline.from_pretrained(folder, backend="onnx")
+
+
+def test_native_engines_need_the_signature_of_this_machine(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported("sd"), folder)
+    (folder / "engines" / "native.so").write_bytes(b"code")
+
+    def plant(document: dict[str, Any]) -> None:
+        engine = next(one for one in document["variants"][0]["engines"] if one["component"] == "denoiser")
+        engine["files"]["engines/native.so"] = [4, store.hash_files(folder)["engines/native.so"][1]]
+
+    edit(folder, plant)
+    with pytest.raises(InputError, match="not built on this machine.*--trust"):
+        Pipeline.from_pretrained(folder, backend="onnx")
+    Pipeline.from_pretrained(folder, backend="onnx", trust=True)
+    (folder / bundle.SIGNATURE).write_text(store.sign((folder / bundle.MANIFEST).read_bytes()))
+    Pipeline.from_pretrained(folder, backend="onnx")
+
+
+def test_a_second_export_adds_to_the_bundle(
+    exported: Callable[[str], Path], tiny: Path, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported("sd"), folder)
+    before = bundle.read(folder)
+    larger = Sizes(height=(128, 128, 128), width=(64, 64, 64))
+    manifest = export(tiny, folder, (ONNX,), sizes=larger, samplers=["heun"])
+    assert set(manifest.samplers) == {*before.samplers, "heun"}
+    assert len(manifest.variants) == 2 and bundle.read(folder).variants == manifest.variants
+    pipe = Pipeline.from_pretrained(folder, backend="onnx")
+    eager = Pipeline.from_pretrained(tiny, dtype="float32", device="cpu")
+    for height, scheduler in ((64, "heun"), (128, "dpmpp_2m")):
+        call: dict[str, Any] = {
+            "height": height,
+            "width": 64,
+            "scheduler": scheduler,
+            "seed": 2,
+            "num_inference_steps": 3,
+        }
+        ours, theirs = (one("the cat", output_type="np", **call).images for one in (pipe, eager))
+        assert np.abs(ours - theirs).max() <= 1 / 255  # as above
+    other = make_checkpoint("sd", seed=1)
+    with pytest.raises(InputError, match="of other weights"):
+        export(other, folder, (ONNX,))
+    assert bundle.read(folder).variants == manifest.variants
+
+
+def test_what_strays_is_not_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with one wrong weight: the error names the component and the tensor, and nothing is left."""
+    write = build.onnx.write
+
+    def wrong(traced: Any, *arguments: Any, **options: Any) -> Any:
+        import onnx
+        from onnx import numpy_helper
+
+        graph = write(traced, *arguments, **options)
+        if traced.component == "denoiser":
+            model = onnx.load(graph.path)
+            weight = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+            array = numpy_helper.to_array(weight) * 3
+            weight.CopyFrom(numpy_helper.from_array(array.astype(np.float32), weight.name))
+            onnx.save(model, graph.path)
+        return graph
+
+    monkeypatch.setattr(build.onnx, "write", wrong)
+    monkeypatch.setenv("FASTSD_HOME", str(tmp_path / "home"))
+    with pytest.raises(NumericError, match="denoiser in float32"):
+        export(tiny, tmp_path / "bundle", (ONNX,))
+    assert [path.name for path in tmp_path.iterdir()] in (["home"], [])
+    assert not any("denoiser" in json.dumps(dict(entry.fields)) for entry in store.entries())
+
+
+def test_the_manifest_survives_its_json(exported: Callable[[str], Path]) -> None:
+    manifest = bundle.read(exported("sd"))
+    again = json.loads(manifest.to_json())
+    assert again["format"] == bundle.FORMAT and again["version"] == bundle.VERSION
+    for variant in manifest.variants:
+        assert variant.record["verification"]["psnr"] > 40
+        for engine in variant.engines:
+            assert engine.record["verification"]["samples"] >= 4
+            assert {"versions", "machine", "weights", "build_seconds", "peak_bytes"} <= engine.record.keys()
+    assert dataclasses.asdict(manifest) == dataclasses.asdict(bundle.read(exported("sd")))
+
+
+def test_a_missing_torch_names_the_extra_where_it_is_needed(exported: Callable[[str], Path]) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import fastsd; "
+        f"fastsd.Pipeline.from_pretrained({str(exported('sd'))!r}, backend='onnx')"
+        "('the cat', num_inference_steps=1, output_type='pt')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert "MissingExtraError" in run.stderr and "fastsd[cpu]" in run.stderr
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.modules['torch'] = None; import fastsd; fastsd.Pipeline.from_pretrained()",
+        ],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert "MissingExtraError" in run.stderr
+    assert fastsd.Pipeline is Pipeline
