@@ -10,6 +10,7 @@ the bundle      run whole and held against the reference images; then published
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -26,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import onnx as onnx_
 import torch
 
 import fastsd
@@ -46,7 +48,8 @@ STEPS = 8  # of the longest trajectory that engines are verified on
 CPU = torch.device("cpu")
 # What leaves the range of float16 in the published checkpoints: SDXL's VAE, and T5.
 OVERFLOW = {"sdxl": ("vae_decoder", "vae_encoder"), "sd3": ("text_encoder_3",), "flux": ("text_encoder_2",)}
-ENGINE = "engine.json"  # in the store, beside the files of an engine: what it is
+ENGINE, GRAPH = "engine.json", "graph.json"  # in the store, beside the files of an engine or a graph: what it is
+WEIGHTS = "weights.json"  # beside an ONNX graph: of which parameters each initialiser is made, and how
 
 Progress = Callable[[str], None]
 
@@ -229,8 +232,9 @@ class Line:
                     where = self._work / key
                     where.mkdir(exist_ok=True)
                     precision = _graph_precision(lane, plan.kind, traced.component)
-                    opset = _opset(lane, traced.component)
-                    graphs[key] = onnx.write(traced, ranges, where, precision=precision, opset=opset), precision
+                    opset = onnx.opset_of(lane.target, traced.component, precision)
+                    config = plan.source.config(name)
+                    graphs[key] = _graph(traced, config, ranges, where, precision, opset), precision
             parts.append(Part(traced.component, ranges, graphs, samples, self.weights[name], calibration))
         return parts
 
@@ -240,11 +244,54 @@ def _graph_key(lane: Lane) -> str:
     return "cpu" if lane.on_cpu else f"{lane.target}-{lane.precision}"
 
 
-def _opset(lane: Lane, component: str) -> int:
-    """On CPUs the decomposed attention of opset 20 is the faster; TensorRT fuses `Attention`, but not the VAE's."""
-    if lane.on_cpu:
-        return 20
-    return 22 if component.startswith("vae") else 23
+def _graph(
+    traced: Traced, config: Mapping[str, Any], ranges: Mapping[str, Range], folder: Path, precision: str, opset: int
+) -> onnx.Graph:
+    """The component's ONNX file: traced once for an architecture, then filled with the weights of each checkpoint."""
+    fields = {
+        "target": "graph",
+        "component": traced.component,
+        "precision": precision,
+        "profile": ranges,
+        "opset": opset,
+        "config": json.loads(json.dumps(dict(config), default=str)),
+        "inputs": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in traced.inputs.items()},
+        "outputs": traced.outputs,
+        "versions": versions(),
+        "sources": _sources(),
+    }
+
+    def build(empty: Path) -> None:
+        graph = onnx.write(traced, ranges, folder, precision=precision, opset=opset)
+        onnx.strip(graph.path, graph.weights, empty / graph.path.name)
+        (empty / GRAPH).write_text(
+            json.dumps({**asdict(graph), "path": graph.path.name, "weights": _plain(graph.weights)})
+        )
+        for path in _files_of(graph):
+            path.unlink()
+
+    found = store.get(fields, build)
+    plain = json.loads((found / GRAPH).read_text())
+    path = folder / plain["path"]
+    shutil.copyfile(found / path.name, path)
+    weights = {name: None if one is None else _weight(one) for name, one in plain["weights"].items()}
+    onnx.fill(path, weights, traced.module.component.state_dict())
+    data = path.with_name(path.name + ".data")
+    if data.stat().st_size <= onnx.EXTERNAL:  # small enough for one file
+        onnx_.save(onnx_.load(path), path)
+        data.unlink()
+    sides = {side: bundle.read_specs(plain[side]) for side in ("inputs", "outputs")}
+    return onnx.Graph(path=path, weights=weights, opset=plain["opset"], nodes=plain["nodes"], **sides)
+
+
+def _weight(plain: Mapping[str, Any]) -> onnx.Weight:
+    steps = tuple((step, tuple(numbers)) for step, numbers in plain["steps"])
+    return onnx.Weight(plain["parameter"], tuple(plain["shape"]), plain["dtype"], steps)
+
+
+def _plain(weights: Mapping[str, onnx.Weight | None]) -> dict[str, Any]:
+    """How initialisers are made, as JSON."""
+    return {name: None if one is None else one._asdict() for name, one in weights.items()}
 
 
 def _graph_precision(lane: Lane, kind: str, component: str) -> str:
@@ -290,7 +337,10 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
         started = time.perf_counter()
         needs: Mapping[str, Any] = {}
         if lane.target == "onnx":
-            main = _copy(graph, folder)
+            main = graph.path.name
+            for path in _files_of(graph):
+                shutil.copyfile(path, folder / path.name)
+            (folder / WEIGHTS).write_text(json.dumps(_plain(graph.weights)))
         elif lane.target == "openvino":
             made = openvino.build(graph.path, part.ranges, folder, precision=precision, calibration=calibration)
             main, needs = made.path, made.options
@@ -328,12 +378,6 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
     files = {f"{where.as_posix()}/{path}": value for path, value in store.hash_files(staging / where).items()}
     engine = bundle.read_engine(json.loads((found / ENGINE).read_text()))
     return replace(engine, path=f"{where.as_posix()}/{engine.path}", files=files)
-
-
-def _copy(graph: onnx.Graph, folder: Path) -> str:
-    for path in _files_of(graph):
-        shutil.copyfile(path, folder / path.name)
-    return graph.path.name
 
 
 def _files_of(graph: onnx.Graph) -> list[Path]:
@@ -545,12 +589,22 @@ def digest(module: Any) -> str:
 
 def _digest_graph(graph: onnx.Graph) -> str:
     """Of the graph without its weights."""
-    bare = graph.path.with_suffix(".bare.onnx")
+    bare = graph.path.with_suffix(".bare")
     onnx.strip(graph.path, graph.weights, bare)
     try:
         return hashlib.sha256(bare.read_bytes()).hexdigest()
     finally:
         bare.unlink()
+
+
+@functools.cache
+def _sources() -> str:
+    """Digest of the code that graphs are made by."""
+    hashed = hashlib.sha256()
+    for package in (Path(fastsd.__file__).parent, Path(__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            hashed.update(path.read_bytes())
+    return hashed.hexdigest()
 
 
 def _digest_arrays(calls: Sequence[Mapping[str, Any]]) -> str:
@@ -592,6 +646,6 @@ def _first_stray(error: verify.Strayed, graph: Path, main: Path, lane: Lane, pre
             verify.floor(error.component, precision),
             output=error.output,
         )
-    except InputError as reason:
-        return f"no tensor inside can be named ({reason})"
+    except InputError:
+        return "the graph itself differs from the component, before the target reads it"
     return str(found)
