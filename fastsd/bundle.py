@@ -180,12 +180,14 @@ def read(folder: Path) -> Manifest:
 
 def read_engine(plain: Mapping[str, Any]) -> Engine:
     """An engine of its JSON."""
-    specs = {
-        side: tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in plain[side])
-        for side in ("inputs", "outputs")
-    }
     profile = {name: _range(value) for name, value in plain["profile"].items()}
+    specs = {side: read_specs(plain[side]) for side in ("inputs", "outputs")}
     return Engine(**{**plain, **specs, "profile": profile, "files": _listed(plain["files"])})
+
+
+def read_specs(plain: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of their JSON."""
+    return tuple(TensorSpec(one["name"], one["dtype"], tuple(one["shape"])) for one in plain)
 
 
 def _listed(plain: Mapping[str, Any]) -> dict[str, tuple[int, str]]:

@@ -186,7 +186,7 @@ class Pipeline:
         if bundle.is_bundle(model):
             if revision or variant or weights != "checkpoint" or release_prepare:
                 raise InputError(
-                    f"{str(model)!r} is a bundle: revision, variant, weights and release_prepare are not its"
+                    f"{str(model)!r} is a bundle, which has no revision, variant, weights or release_prepare"
                 )
             components, defaults, engines = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
             return cls(components, name=engines.name, defaults=defaults, engines=engines)

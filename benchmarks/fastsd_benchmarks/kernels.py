@@ -97,31 +97,80 @@ def attention_case(name: str, batch: int, heads: int, queries: int, keys: int, d
     return Case(op, name, make)
 
 
-def int8_case(name: str, batch: int, heads: int, tokens: int, dim: int) -> Case:
-    """Attention in eight bits with the quantisation of q and k inside, against attention that is not quantised."""
+def eight_bit_case(op: str, name: str, batch: int, heads: int, tokens: int, dim: int, text: int = 0) -> Case:
+    """Attention in eight bits behind norms (and rotation in Flux), all in the time; the peers only attend.
+
+    With a text, it and the image have buffers and norms of their own. Plain torch attends to the same numbers, the
+    weights of float8 rounded as the kernel's are.
+    """
 
     def make(device: torch.device, dtype: torch.dtype, tiny: bool) -> Problem:
-        from fastsd_kernels import attention_int8 as op
+        from fastsd_kernels import attention_8bit, quantize_qkv
+        from fastsd_kernels.qk_norm_rope import reference as norm
 
-        b, h, n = (1, 2, -(-tokens // 16)) if tiny else (batch, heads, tokens)
-        q, k, v = normal(b, n, 3, h, dim, device=device, dtype=dtype).unbind(2)
-        few = [one[:1, :, :2] for one in (q, k, v)]
+        float8 = op == "attention_fp8"
+        b, h = (1, 2) if tiny else (batch, heads)
+        lengths = [-(-n // 16) if tiny else n for n in (text, tokens) if n]
+        streams: list[tuple[Any, ...]] = []
+        for seed, length in enumerate(lengths):
+            qkv = normal(b, length, 3, h, dim, device=device, dtype=dtype, seed=seed)
+            weights = [1 + 0.1 * normal(dim, device=device, dtype=dtype, seed=10 * seed + i) for i in (1, 2)]
+            angles = normal(length, dim // 2, device=device, dtype=torch.float32, seed=10 * seed + 3)
+            streams.append((qkv, *weights, torch.stack([angles.cos(), angles.sin()]) if dim == 128 else None))
 
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            result: Tensor = op.attention_int8(*op.quantize_qk(q, k, None, None, None), v)
+        def arguments(heads_of: slice) -> list[Any]:
+            """Of the image first, then of the text."""
+            return [
+                argument
+                for qkv, *prologue in reversed(streams)
+                for argument in (*(qkv[:, :, i, heads_of] for i in range(3 if float8 else 2)), *prologue)
+            ]
+
+        def values(heads_of: slice) -> list[Tensor]:
+            return [qkv[:, :, 2, heads_of] for qkv, *_ in reversed(streams)]
+
+        def call(inputs: list[Any], v: list[Tensor]) -> Tensor:
+            if float8:
+                quantised = quantize_qkv.quantize_qkv(*inputs)
+                result: Tensor = attention_8bit.attention_fp8(*quantised, lengths[-1], sum(lengths[:-1]), dtype)
+            else:
+                result = attention_8bit.attention_int8(*quantize_qkv.quantize_qk(*inputs), *v)
             return result
 
+        def normed(heads_of: slice, wide: torch.dtype) -> list[Tensor]:
+            parts = [qkv[:, :, :, heads_of].to(wide, copy=True) for qkv, *_ in streams]
+            for part, (_, *prologue) in zip(parts, streams, strict=True):
+                q_weight, k_weight, rotary = (x if x is None else x.to(wide) for x in prologue)
+                norm(part, q_weight, k_weight, rotary)
+            return [one.transpose(1, 2) for one in torch.cat(parts, 1).unbind(2)]
+
+        def by_numbers() -> Tensor:
+            if not float8:
+                quantised = quantize_qkv.quantize_qk(*arguments(few))
+                return attention_8bit.reference_int8(*quantised, *values(few))
+            quantised = quantize_qkv.quantize_qkv(*arguments(few))
+            said = (*quantised, lengths[-1], sum(lengths[:-1]), torch.float32)
+            exact = attention_8bit.reference_fp8(*said)
+            q, k, v = normed(few, torch.float32)
+            weights = (q @ k.transpose(2, 3) / math.sqrt(dim)).softmax(-1)
+            largest = weights.amax(-1, keepdim=True) / 448
+            rounded = (weights / largest).to(torch.float8_e4m3fn).float() * largest
+            return (exact + ((rounded - weights) @ v).transpose(1, 2)).to(dtype)
+
+        few, all_ = slice(0, 2), slice(None)
+        inputs, v, total = arguments(all_), values(all_), sum(lengths)
+        packed = normal(b, total, 3, h, dim, device=device, dtype=dtype)
         return Problem(
-            ours=lambda: call(q, k, v),
-            check=lambda: call(*few),
-            exact=lambda: sdpa([one.double().transpose(1, 2) for one in few]).transpose(1, 2),
-            plain=lambda: op.reference(*op.reference_quantize(few[0], few[1], None, None, None), few[2]),
-            peers=attention_peers(q, k, v),
-            flops=4.0 * b * h * n * n * dim,
-            nbytes=float(q.element_size() * b * h * dim * 4 * n),
+            ours=lambda: call(inputs, v),
+            check=lambda: call(arguments(few), values(few)),
+            exact=lambda: sdpa(normed(few, torch.float64)).transpose(1, 2),
+            plain=by_numbers,
+            peers=attention_peers(*packed.unbind(2)),
+            flops=4.0 * b * h * total * total * dim,
+            nbytes=float(packed.element_size() * b * h * dim * 4 * total),
         )
 
-    return Case("attention_int8", name, make)
+    return Case(op, name, make)
 
 
 def attention_peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
@@ -498,8 +547,11 @@ CASES: tuple[Case, ...] = (
     attention_case("SDXL 1024 x 154", 2, 20, 1024, 154, 64, "cross_attention"),
     joint_case("SD3-M 333 + 4096", 2, 24, 333, 4096, 64),
     joint_case("Flux 512 + 4096", 1, 24, 512, 4096, 128),
-    int8_case("Flux 4608", 1, 24, 4608, 128),
-    int8_case("SD3 4429", 2, 24, 4429, 64),
+    eight_bit_case("attention_fp8", "Flux 4608", 1, 24, 4608, 128),
+    eight_bit_case("attention_fp8", "Flux 512 + 4096", 1, 24, 4096, 128, 512),
+    eight_bit_case("attention_fp8", "SD3.5-M 333 + 4096", 2, 24, 4096, 64, 333),
+    eight_bit_case("attention_int8", "Flux 4608", 1, 24, 4608, 128),
+    eight_bit_case("attention_int8", "SD3.5-M 333 + 4096", 2, 24, 4096, 64, 333),
     qk_case("Flux 4608", 1, 4608, 24, 128, rope=True),
     qk_case("SD3.5-L 4429", 2, 4429, 38, 64, rope=False),
     tokens_case("modulate", "Flux 4608", 1, 4608, 3072),
@@ -535,7 +587,7 @@ def run(
         "op": case.op,
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "lane": "quantised" if case.op.startswith(("quantize", "attention_int8")) else "lossless",
+        "lane": "quantised" if case.op.startswith(("quantize", "attention_int8", "attention_fp8")) else "lossless",
         "error": error,
         "error_of_torch": plain,
         "right": math.isfinite(error) and error <= allowed,

@@ -20,7 +20,9 @@ from fastsd.errors import InputError
 def generate(
     words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="One or several prompts.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Preset, folder, hub id or .safetensors file.")] = "demo",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Preset, folder, bundle, hub id or .safetensors file.")
+    ] = "demo",
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", "-n", help="What to steer away from.")
     ] = None,
@@ -48,8 +50,10 @@ def generate(
     output: Annotated[str, typer.Option("--output", "-o", help="A .png, or a folder for numbered files.")] = "out.png",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the recipe out of the PNG.")] = False,
-    backend: Annotated[str, typer.Option("--backend", help="auto | eager")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto | float32 | bfloat16 | float16")] = "auto",
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto | eager, or a bundle's: onnx | openvino | ...")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto | float32 | bfloat16 | float16 | int8")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto | cpu | cuda")] = "auto",
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")] = None,
     variant: Annotated[str | None, typer.Option("--variant", help="Weight files to take, such as fp16.")] = None,
@@ -62,6 +66,9 @@ def generate(
     loras: Annotated[
         list[str] | None, typer.Option("--lora", metavar="PATH[:WEIGHT]", help="A LoRA; may be repeated.")
     ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run a bundle's native engines that another machine built.")
+    ] = False,
     release_prepare: Annotated[
         bool, typer.Option("--release-prepare", help="Keep weights read once per image in host memory.")
     ] = False,
@@ -92,7 +99,9 @@ def generate(
     if single:
         pipe = fastsd.Pipeline.from_single_file(model, config=config, **place)
     else:
-        pipe = fastsd.Pipeline.from_pretrained(model, revision=revision, variant=variant, weights=weights, **place)
+        pipe = fastsd.Pipeline.from_pretrained(
+            model, revision=revision, variant=variant, weights=weights, trust=trust, **place
+        )
     for path_or_id, weight in adapters:
         pipe.load_lora(path_or_id, weight)
     with _progress() as on_step:

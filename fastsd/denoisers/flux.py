@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -201,7 +202,7 @@ def rotary_table(
     Text lies at the origin, an image token at (0, row, column). Put together of the axes' own tables, so that sizes may
     be symbols of a trace.
     """
-    first, row, column = (axis_table(dim, device) for dim in axes)
+    first, row, column = (torch.from_numpy(axis_table(dim)).to(device) for dim in axes)
     image = torch.cat(
         [
             first[:, :1, None].expand(-1, rows, columns, -1),
@@ -214,15 +215,15 @@ def rotary_table(
     return torch.cat([text, image.flatten(1, 2)], dim=1)
 
 
-@lru_cache(maxsize=16)  # axes and devices
-def axis_table(dim: int, device: torch.device | None = None) -> Tensor:
-    """Cosines and sines of the angles of all `POSITIONS` on an axis, [2, POSITIONS, dim / 2] in float32.
+@lru_cache(maxsize=16)  # axes
+def axis_table(dim: int) -> NDArray[np.float32]:
+    """Cosines and sines of the angles of all `POSITIONS` on an axis, [2, POSITIONS, dim / 2]: treat it as read-only.
 
-    Computed in float64 as `diffusers` `FluxPosEmbed` does, and by numpy: a trace sees a constant.
+    Computed in float64 as `diffusers` `FluxPosEmbed` does, and in numpy, so that a trace sees constants.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
     angles = np.outer(np.arange(POSITIONS, dtype=np.float64), 1.0 / 10000.0**exponents)
-    return torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)).to(device)
+    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
 _DEFAULTS: dict[str, Any] = {  # those of diffusers.FluxTransformer2DModel

@@ -306,7 +306,7 @@ def check_size(height: int, width: int, multiple: int, most: int | None = None) 
         InputError: names the size, and what it must be a multiple of or must not exceed.
     """
     for size in (height, width):
-        if type(size) not in (int, torch.SymInt) or size < multiple or size % multiple or (most is not None and size > most):
+        if type(size) not in (int, torch.SymInt) or size < multiple or size % multiple or size > (most or size):
             right = f"positive multiples of {multiple}" + ("" if most is None else f" up to {most}")
             raise InputError(f"The latents are {height!r} x {width!r}; both must be {right}.")
 

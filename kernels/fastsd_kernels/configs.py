@@ -94,6 +94,11 @@ def arch(device: torch.device) -> int | None:
     return 89 if major in (8, 12) else 90
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies float8 (Ada and later); without a GPU as in `arch`."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def choose(op: str, chip: int, head_dim: int, keys: int) -> Config | None:
     """The configuration of an attention to `keys` keys; None where the table has no such head dimension."""
     row = table().get((op, chip, head_dim, length_class(op, keys)))

@@ -1,8 +1,9 @@
-"""Components of the tiny checkpoints, traced and as ONNX files; each is written once in a session."""
+"""Components of the tiny checkpoints, traced and as ONNX files, and their bundles; each is made once in a session."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -87,3 +88,55 @@ def exported(traced: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
         return made[key]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `FASTSD_HOME` of the tests, so that they share what they build and leave the user's alone."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def export() -> Callable[..., Any]:
+    """`build.export` of a tiny checkpoint with few samplers; returns the manifest."""
+    from fastsd import checkpoint
+    from fastsd_export import build
+    from fastsd_export.plan import Lane, Sizes
+
+    both = Lane("onnx", "float32"), Lane("openvino", "float32")
+
+    def run(model: Path, folder: Path, lanes: tuple[Lane, ...] = both, **options: Any) -> Any:
+        flow = (model / "transformer").is_dir()
+        given: dict[str, Any] = {
+            "samplers": ["flow_euler"] if flow else ["euler", "dpmpp_2m"],
+            "max_steps": 6,
+            "steps": 3,
+            "sizes": Sizes(batch=(1, 1, 2), height=(64, 64, 96), width=(64, 64, 64)),  # what varies and what does not
+        }
+        return build.export(checkpoint.source(model), "tiny", folder, lanes=lanes, **{**given, **options})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bundled(
+    make_checkpoint: Callable[..., Path],
+    export: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    home: Path,
+) -> Callable[[str], Path]:
+    """The bundle of a family's tiny checkpoint, for ONNX Runtime and OpenVINO in float32; read-only."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("bundles") / family
+            before = os.environ.get("FASTSD_HOME")
+            os.environ["FASTSD_HOME"] = str(home)
+            try:
+                export(make_checkpoint(family), made[family])
+            finally:
+                os.environ.pop("FASTSD_HOME") if before is None else os.environ.update(FASTSD_HOME=before)
+        return made[family]
+
+    return make

@@ -20,7 +20,7 @@ from fastsd.pipeline import Pipeline
 from fastsd_export import build
 from fastsd_export.plan import Lane, Sizes
 
-ONNX, OPENVINO = Lane("onnx", "float32"), Lane("openvino", "float32")
+ONNX = Lane("onnx", "float32")
 Make = Callable[..., Path]
 Export = Callable[..., bundle.Manifest]
 
