@@ -129,7 +129,7 @@ def check_files(
                 raise InputError(f"{str(folder / name)!r} is damaged (its sha256 is not the recorded one): {again}")
 
 
-def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
+def write_atomically(path: Path, data: bytes | memoryview | str, *, mode: int = 0o666) -> None:
     """Write a file that is there whole or, if anything fails, as it was before; text is UTF-8.
 
     Raises:

@@ -346,7 +346,10 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
             main, needs = made.path, made.options
         else:
             rtx = lane.target == "tensorrt-rtx"
-            plan = tensorrt.build(graph.path, part.ranges, folder, precision=written, rtx=rtx, **options)
+            timings = None if rtx else store.home() / "timing"
+            plan = tensorrt.build(
+                graph.path, part.ranges, folder, precision=written, rtx=rtx, timing_cache=timings, **options
+            )
             main, needs = plan.files[0].name, plan.options
         engine = Engine(
             part.component, lane.target, main, precision, graph.inputs, graph.outputs, part.ranges, options=needs
@@ -568,10 +571,12 @@ def _link(source: Path, target: Path) -> None:
     """The same file under another name where the file system can, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    # onnx refuses external data that has a second name.
+    with contextlib.suppress(OSError):
+        if source.suffix != ".data":
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -636,14 +641,18 @@ def _first_stray(error: verify.Strayed, graph: Path, main: Path, lane: Lane, pre
     """Which tensor of the graph strays first, as far as the target can be asked."""
     if lane.target not in ("onnx", "openvino"):
         return "the target shows no tensors inside its engines"
-    target = verify.onnxruntime_probe(main) if lane.target == "onnx" else verify.openvino_probe(main, precision)
+    target = (
+        verify.onnxruntime_probe(main, optimised=True)
+        if lane.target == "onnx"
+        else verify.openvino_probe(main, precision)
+    )
     try:
         found = verify.first_stray(
             graph,
             verify.onnxruntime_probe(graph),
             target,
             error.sample.inputs,
-            verify.floor(error.component, precision),
+            error.floor,
             output=error.output,
         )
     except InputError:

@@ -146,13 +146,18 @@ def serve(engine: bundle.Engine) -> Callable[..., tuple[Any, ...]]:
 
 # numpy has no bfloat16. Such numbers pass through it as uint16, which is enough to pick rows.
 UNSIGNED, BFLOAT = 1, 4  # DLDataTypeCode
+NEW, USED = b"dltensor", b"used_dltensor"  # names of a capsule, before and after somebody took what is in it
 
 
 def _to_triton(spec: bundle.TensorSpec, value: Any) -> Any:
     if isinstance(value, Handle):
         return value.tensor
     if spec.dtype == "bfloat16":
-        return pb_utils.Tensor.from_dlpack(spec.name, _relabel(np.array(value).__dlpack__(), BFLOAT))
+        capsule = _relabel(np.array(value).__dlpack__(), BFLOAT)
+        tensor = pb_utils.Tensor.from_dlpack(spec.name, capsule)
+        # Triton gives a capsule that it took another name than DLPack does; numpy would not know it as taken.
+        _python_api("PyCapsule_SetName", ctypes.c_int)(capsule, USED)
+        return tensor
     return pb_utils.Tensor(spec.name, np.ascontiguousarray(value))
 
 
@@ -178,8 +183,11 @@ class _Exporter:
 
 def _relabel(capsule: Any, code: int) -> Any:
     """A DLPack capsule of 16-bit numbers as one of another kind of them."""
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = _python_api("PyCapsule_GetPointer", ctypes.c_void_p)(capsule, NEW)
     # struct DLTensor {void* data; DLDevice device; int32_t ndim; DLDataType dtype; ...}, with the code at byte 20.
-    ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + 20).value = code
+    ctypes.c_uint8.from_address(address + 20).value = code
     return capsule
+
+
+def _python_api(name: str, result: Any) -> Callable[[Any, bytes], Any]:
+    return ctypes.PYFUNCTYPE(result, ctypes.py_object, ctypes.c_char_p)((name, ctypes.pythonapi))

@@ -9,8 +9,7 @@
 
 The engines are models of their own, which the Python model calls: Triton places and loads them natively, shares them
 among all instances of the Python model, measures them one by one, and that model needs neither torch nor a GPU library.
-Its environment needs fastsd alone (with numpy<2 where Triton is of 2024 or older). Triton 23.10 or later, for engines
-in bfloat16 24.08 or later.
+Its environment needs fastsd alone. Triton 23.10 or later, for engines in bfloat16 24.08; with numpy<2 up to 24.10.
 """
 
 from __future__ import annotations

@@ -264,8 +264,8 @@ def check_component(component: str, run: Run, samples: Sequence[Sample], precisi
         worst, measure = min(measured, key=lambda pair: pair[1].cosine)
         if least.together is not None and together < least.together:
             raise Strayed(
-                f"{component} in {precision}: its {name} has a cosine of {together:.6f} to the float32 component's over "
-                f"all {len(samples)} samples, below the floor of {least.together}",
+                f"{component} in {precision}: its {name} has a cosine of {together:.6f} to the float32 component's "
+                f"over all {len(samples)} samples, below the floor of {least.together}",
                 component,
                 name,
                 worst,
@@ -359,7 +359,7 @@ def check_images(
     found = {
         "worst": {"cosine": min(one.cosine for one in measures), "psnr": min(decibels), "ssim": min(similarities)},
         "together": {
-            "cosine": _cosine(sum(_products(*pair) for pair in latents)),
+            "cosine": _cosine(np.sum([_products(*pair) for pair in latents], axis=0)),
             "psnr": -10 * math.log10(sum(errors) / len(errors)),
             "ssim": sum(similarities) / len(similarities),
         },

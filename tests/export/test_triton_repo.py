@@ -2,6 +2,7 @@
 ONNX files, and the Python model is run by a stand-in for Triton's module, over those files.
 """
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx
@@ -107,7 +108,7 @@ def test_weights_in_a_file_of_their_own_come_along(bundled: Callable[[str], Path
     path = folder / denoiser.path
     model = onnx.load(path)
     path.unlink()
-    onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=0)
+    onnx.save(model, path, save_as_external_data=True, location="weights.data")
     names = (denoiser.path, f"{denoiser.path.rpartition('/')[0]}/weights.data")
     found = store.hash_files(folder)
     moved = dataclasses.replace(denoiser, files={name: found[name] for name in names})
@@ -297,6 +298,9 @@ class Failed(NamedTuple):
         return self.text
 
 
+TAKEN = b"used_dlpack"
+
+
 class Tensor:
     """`pb_utils.Tensor`: an array, or a torch tensor for bfloat16; on a GPU it cannot be read."""
 
@@ -304,9 +308,16 @@ class Tensor:
         self._name, self.array, self._on_gpu = name, array, on_gpu
         assert isinstance(array, torch.Tensor) or array.flags.c_contiguous
 
+    taken: ClassVar[list[Any]] = []
+
     @staticmethod
     def from_dlpack(name: str, capsule: Any) -> "Tensor":
-        return Tensor(name, torch.from_dlpack(capsule))
+        tensor = torch.from_dlpack(capsule).clone()
+        # As Triton does. That is not DLPack's name, and numpy's capsules corrupt the memory when they end with it.
+        set_name = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
+        set_name(("PyCapsule_SetName", ctypes.pythonapi))(capsule, TAKEN)
+        Tensor.taken.append(capsule)
+        return Tensor(name, tensor)
 
     def to_dlpack(self) -> Any:
         assert not self._on_gpu
@@ -549,8 +560,11 @@ def test_what_is_on_the_gpu_stays_there(
             ]
             path.write_text("\n".join(lines))
     call: dict[str, Any] = {"prompt": ["the red cat"], "seed": [3], "steps": [3], "guidance_scale": [4.0]}
+    monkeypatch.setattr(Tensor, "taken", [])
     server = Server(copy, monkeypatch)
     here = images(server(**call))["image"]
+    names = {repr(capsule).split('"')[1] for capsule in Tensor.taken}  # '<capsule object "used_dltensor" at 0x...>'
+    assert names == ({"used_dltensor"} if dtype == "bfloat16" else set())
     prepares = sum("prepare" in name for name in server.calls)
     server.on_gpu, server.calls = True, []
     np.testing.assert_array_equal(images(server(**call))["image"], here)

@@ -195,7 +195,7 @@ def test_int8_is_held_to_a_floor_over_all_samples() -> None:
         calls, rng = iter(levels), np.random.default_rng(1)
         return engine(lambda y: y + next(calls) * np.abs(y).mean() * rng.standard_normal(y.shape))
 
-    report = verify.check_component("denoiser", noisy([0.3, 0.02, 0.02, 0.02]), recorded(), "int8")
+    report = verify.check_component("denoiser", noisy([0.35, 0.02, 0.02, 0.02]), recorded(), "int8")
     assert report["outputs"]["y"]["cosine"] < 0.98 < 0.99 < report["outputs"]["y"]["together"]
     with pytest.raises(
         verify.Strayed, match=r"its y has a cosine of 0.98\d* .* over all 4 samples, .* floor of 0.99"
@@ -249,7 +249,9 @@ def test_images_end_to_end() -> None:
             verify.check_images(pairs, [(images[0], images[0]), (images[1], images[1] + image_off)], precision)
         return str(error.value)
 
-    assert "its worst image has a cosine of the latents of" in fails(RNG.standard_normal(latents[0].shape), 0, "int8")
+    assert "its worst image has a cosine of the latents of" in fails(
+        RNG.standard_normal(latents[0].shape), 0, "bfloat16"
+    )
     assert "its worst image has a PSNR of 20 to float32's, below the floor of 25" in fails(0, 0.1, "bfloat16")
     # The mean square of both images is half that of the worse one.
     assert "its images together have a PSNR of 23.01 to float32's, below the floor of 25" in fails(0, 0.1, "int8")
