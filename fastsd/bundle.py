@@ -222,7 +222,13 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def load(
-    folder: Path, backend: str, precision: str, device: str, *, trust: bool = False
+    folder: Path,
+    backend: str,
+    precision: str,
+    device: str,
+    *,
+    trust: bool = False,
+    serve: Callable[[Engine], Run] | None = None,
 ) -> tuple[Components, Mapping[str, Any], Engines]:
     """A bundle's components (their configurations alone), defaults and engines, each loaded when it is first needed.
 
@@ -232,6 +238,8 @@ def load(
         precision: that of a variant, or "auto": the first one.
         device: "auto", "cpu", "cuda" or "cuda:1".
         trust: load native engines though another machine built them.
+        serve: gives what runs an engine that another process holds, with numpy arrays; its files are not looked at,
+            and of backend, precision and device nothing is read: the first variant is run. None: engines run here.
 
     Raises:
         InputError: the bundle is damaged, has no such variant, or none that runs here.
@@ -240,11 +248,14 @@ def load(
     from fastsd.families import Components, family
 
     manifest = read(folder)
-    variant, place = _choose(manifest, folder, backend, precision.removeprefix("torch."), device)
     listed = dict(manifest.files)
-    for one in manifest.variants:
-        for engine in one.engines:
-            listed |= engine.files
+    if serve is None:
+        variant, place = _choose(manifest, folder, backend, precision.removeprefix("torch."), device)
+        for one in manifest.variants:
+            for engine in one.engines:
+                listed |= engine.files
+    else:
+        variant, place = manifest.variants[0], "cpu"
     store.check_files(folder, listed, checksums=False, besides=(MANIFEST, SIGNATURE))
     store.check_files(folder, manifest.files, besides=None)
     module = family(str(manifest.index.get("_class_name")))
@@ -267,13 +278,13 @@ def load(
         scheduler=manifest.scheduler,
         index=manifest.index,
     )
-    native = any(Path(path).suffix in NATIVE for engine in variant.engines for path in engine.files)
+    native = serve is None and any(Path(path).suffix in NATIVE for engine in variant.engines for path in engine.files)
     if native and not trust and not _made_here(folder):
         raise InputError(
             f"{str(folder)!r} holds native engines that were not built on this machine: export it here, or pass "
             "trust=True (--trust) if you trust who built it"
         )
-    router = Router(folder, manifest, variant, place)
+    router = Router(folder, manifest, variant, place, serve)
     functions = compose(module, components, router.route, router.admit, place)
     table = functools.partial(_table, folder, manifest, components)
     return (
@@ -326,8 +337,17 @@ def backend_of(target: str) -> Any:
 class Router:
     """The engines of a variant: for each component the tightest one that holds a request, checked and loaded once."""
 
-    def __init__(self, folder: Path, manifest: Manifest, variant: Variant, device: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        variant: Variant,
+        device: str,
+        serve: Callable[[Engine], Run] | None = None,
+    ) -> None:
         self._folder, self._manifest, self._variant, self._device = folder, manifest, variant, device
+        self._serve = serve or self._load
+        self._output = folder if serve is None else "DIR"  # of the command that adds an engine
         self._shared: dict[str, Any] = {"cache": store.home() / "engines"}
         self._loaded: dict[str, Run] = {}
         self._locks = {engine.path: threading.Lock() for engine in variant.engines}
@@ -338,12 +358,7 @@ class Router:
         with self._locks[engine.path]:
             run = self._loaded.get(engine.path)
             if run is None:
-                store.check_files(self._folder, engine.files, besides=None)
-                if engine.path.endswith(".onnx"):  # it may name other files
-                    store.check_external(self._folder / engine.path, self._folder, engine.files)
-                module = backend_of(engine.target)
-                run = module.load(self._folder / engine.path, engine, device=self._device, shared=self._shared)
-                self._loaded[engine.path] = run
+                run = self._loaded[engine.path] = self._serve(engine)
         return run, frozenset(spec.name for spec in engine.inputs)
 
     def admit(self, batch: int, size: tuple[int, int]) -> None:
@@ -351,6 +366,15 @@ class Router:
         dims = {"batch": batch, "height": size[0], "width": size[1]}
         for component in ("prepare", "denoiser", "vae_decoder"):
             self._tightest(component, dims)
+
+    def _load(self, engine: Engine) -> Run:
+        store.check_files(self._folder, engine.files, besides=None)
+        if engine.path.endswith(".onnx"):  # it may name other files
+            store.check_external(self._folder / engine.path, self._folder, engine.files)
+        run: Run = backend_of(engine.target).load(
+            self._folder / engine.path, engine, device=self._device, shared=self._shared
+        )
+        return run
 
     def _tightest(self, component: str, dims: Mapping[str, int]) -> Engine:
         engines = [engine for engine in self._variant.engines if engine.component == component]
@@ -370,7 +394,7 @@ class Router:
         asked = " and ".join(f"{name} {value}" for name, value in {**pixels, **others}.items())
         raise InputError(
             f"no {component} of the bundle holds {asked}: "
-            f"`fastsd export {self._manifest.name} --to {self._variant.target} -o {self._folder}{flags}` adds one"
+            f"`fastsd export {self._manifest.name} --to {self._variant.target} -o {self._output}{flags}` adds one"
         )
 
 

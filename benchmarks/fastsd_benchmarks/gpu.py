@@ -104,7 +104,9 @@ def model(name: str, device: torch.device, dtype: torch.dtype, *, tiny: bool) ->
 
         def predict(pipe: Pipeline, wide: torch.dtype) -> Callable[[], Tensor]:
             pooled = None if conditioning.pooled is None else conditioning.pooled.to(wide)
-            given = conditioning._replace(context=conditioning.context.to(wide), pooled=pooled)
+            scales = torch.as_tensor(conditioning.guidance_scale).to(device)
+            context = conditioning.context.to(wide)
+            given = conditioning._replace(context=context, pooled=pooled, guidance_scale=scales)
             size = tuple(request.noise_shape[1:])
             modulation, *rest = pipe.family.prepare(pipe.components, timesteps, given, size)
             return lambda: pipe.components.denoiser(latents.to(wide), modulation[0], *rest)
@@ -150,7 +152,8 @@ def diffusers_denoiser(
     packed = pipeline._pack_latents(latents, batch, channels, height, width)
     image_ids = pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype)
     text_ids = image_ids.new_zeros(context.shape[1], 3)
-    guidance = guidance_scale.float() if theirs.config.guidance_embeds else None
+    scales = torch.as_tensor(guidance_scale).to(latents.device, torch.float32)
+    guidance = scales if theirs.config.guidance_embeds else None
 
     def call() -> Tensor:
         out = theirs(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastsd.checkpoint import Source
     from fastsd_export.plan import Lane, Plan
 
-REPOSITORY = "triton-repo"  # a target that is written from another one's bundle
+REPOSITORY = "triton-repo"  # a target that is written from another one's bundle, beside it
 
 
 def export(
@@ -135,7 +135,13 @@ def export(
             steps=verify_steps,
             progress=progress,
         )
-    _report(manifest, folder, lanes, as_json)
+    repository = None
+    if REPOSITORY in targets:
+        from fastsd_export import triton_repo
+
+        repository = folder.with_name(f"{folder.name}-triton")
+        triton_repo.write(folder, repository)
+    _report(manifest, folder, lanes, repository, as_json)
 
 
 def _words(text: str) -> list[str]:
@@ -233,13 +239,14 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield show
 
 
-def _report(manifest: Manifest, folder: Path, lanes: list[Lane], as_json: bool) -> None:
+def _report(manifest: Manifest, folder: Path, lanes: list[Lane], repository: Path | None, as_json: bool) -> None:
     variants = [one for one in manifest.variants if (one.target, one.precision) in lanes]
     if as_json:
         print(
             json.dumps(
                 {
                     "path": str(folder),
+                    "triton_repository": None if repository is None else str(repository),
                     "variants": [
                         {
                             "target": one.target,
@@ -259,7 +266,7 @@ def _report(manifest: Manifest, folder: Path, lanes: list[Lane], as_json: bool) 
     for one in variants:
         size = sum(nbytes for engine in one.engines for nbytes, _ in engine.files.values())
         held = one.record.get("verification")
-        checked = (
-            f"whole images PSNR {held['psnr']:.1f} dB, SSIM {held['ssim']:.4f}" if held else "components alone verified"
-        )
+        checked = "components alone verified"
+        if held:
+            checked = f"images verified, worst PSNR {held['worst']['psnr']:.1f} dB, SSIM {held['worst']['ssim']:.4f}"
         print(f"{folder}: {one.target} in {one.precision}, {len(one.engines)} engines, {size / 1e6:,.1f} MB; {checked}")

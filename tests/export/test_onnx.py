@@ -27,6 +27,7 @@ DYNAMIC = {"batch": (1, 2, 4), "height": (2, 8, 24), "width": (2, 8, 24), "token
 STATIC = {"batch": (1, 1, 1), "height": (8, 8, 8), "width": (6, 6, 6), "tokens": (9, 9, 9)}
 DUAL = {"transformer": {"num_layers": 2, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}}  # SD3.5 medium
 FLUX = {"transformer": {"num_layers": 1, "num_single_layers": 1}}
+FEW = {"unet": {"up_block_types": ("UpBlock2D", "UpBlock2D")}}  # attention on the way down and in the middle
 LCM = {"unet": {"time_cond_proj_dim": 6}}
 SD2 = {"unet": {"use_linear_projection": True, "attention_head_dim": (2, 4)}}
 UNGUIDED = {"transformer": {"guidance_embeds": False}}  # Flux.1 schnell
@@ -40,7 +41,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any], list[tuple[int, int, int, int]]
     "clip-projected": ("sdxl", "text_encoder_2", {}, []),
     "t5": ("flux", "text_encoder_2", {}, [(1, 1, 1, 1), (1, 1, 1, 33)]),
     "sd-prepare": ("sd", "prepare", {}, UNET),
-    "sd-denoiser": ("sd", "denoiser", {}, UNET),
+    "sd-denoiser": ("sd", "denoiser", FEW, UNET),
     "lcm-prepare": ("sd", "prepare", LCM, UNET),
     "sdxl-prepare": ("sdxl", "prepare", {}, UNET),
     "sd3-prepare": ("sd3", "prepare", {}, TRANSFORMER),
@@ -53,6 +54,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any], list[tuple[int, int, int, int]]
 SLOW_PARTS = {
     "clip-penultimate": ("sdxl", "text_encoder", {}, []),
     "schnell-prepare": ("flux", "prepare", UNGUIDED, TRANSFORMER),
+    "sd-whole-denoiser": ("sd", "denoiser", {}, UNET),
     "sd2-denoiser": ("sd", "denoiser", SD2, UNET),
     "sdxl-denoiser": ("sdxl", "denoiser", {}, UNET),
     "sd3-denoiser": ("sd3", "denoiser", {}, TRANSFORMER),
