@@ -80,6 +80,7 @@ def export(
     defaults: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     steps: int = STEPS,
+    calibration: int = CALIBRATION,
     progress: Progress = lambda line: None,
 ) -> Manifest:
     """Build, verify and publish a bundle, or add engines to the one that is in `folder`.
@@ -97,6 +98,7 @@ def export(
         defaults: steps and guidance of the checkpoint where its own index has none.
         options: of the TensorRT builder, see `tensorrt.build`.
         steps: of the longest trajectory that engines are verified on.
+        calibration: calls of the denoiser whose inputs an int8 engine is calibrated with.
         progress: told what is being done, a line at a time.
 
     Raises:
@@ -112,7 +114,7 @@ def export(
         if (reason := bundle.backend_of(lane.target).available("cpu" if lane.on_cpu else "cuda")) is not None:
             raise InputError(f"{lane} is verified on the machine that builds it, and does not run here: {reason}")
     with _temporary(folder, "staging") as staging, _temporary(folder, "work") as work:
-        line = Line(plan, adapters, steps, work, progress)
+        line = Line(plan, adapters, steps, calibration if plan.quantised else 0, work, progress)
         engines: dict[Lane, list[Engine]] = {lane: [] for lane in plan.lanes}
         for parts in line.stages():
             gc.collect()
@@ -131,7 +133,8 @@ def export(
             reports: dict[tuple[str, str], dict[str, Any]] = {}
             for lane in plan.lanes:
                 progress(f"{lane}: the whole bundle")
-                reports[lane] = {"verification": _end_to_end(staging, lane, line)}
+                kind = "quantised" if lane.precision == "int8" else "lossless"
+                reports[lane] = {"lane": kind, "verification": _end_to_end(staging, lane, line)}
             done = (
                 replace(one, record=reports.get((one.target, one.precision), one.record)) for one in manifest.variants
             )
@@ -152,15 +155,21 @@ class Line:
     """
 
     def __init__(
-        self, plan: Plan, adapters: Sequence[tuple[lora.Adapter, float]], steps: int, work: Path, progress: Progress
+        self,
+        plan: Plan,
+        adapters: Sequence[tuple[lora.Adapter, float]],
+        steps: int,
+        calibration: int,
+        work: Path,
+        progress: Progress,
     ) -> None:
-        self._plan, self._adapters, self._work, self._progress = plan, adapters, work, progress
+        self._plan, self._adapters, self._calibration = plan, adapters, calibration
+        self._work, self._progress = work, progress
         self.weights: dict[str, str] = {}
         self.latents: list[Any] = []
         self.images: list[Any] = []
         plain = reference.pipeline(plan.bare, {})
-        calls = CALIBRATION if plan.quantised else 0
-        self.cases = reference.cases(plain, plan.profile, steps=steps, calibration=calls)
+        self.cases = reference.cases(plain, plan.profile, steps=steps, calibration=calibration)
 
     def stages(self) -> Iterator[list[Part]]:
         """The components' parts; what was in memory for them is let go before the next ones."""
@@ -190,7 +199,7 @@ class Line:
         self._progress("denoiser: trajectories")
         denoised = reference.denoise(plan.bare, self.cases, texts, prepare, step, calibrate=plan.quantised)
         self.latents = denoised.latents
-        calibration = reference.spread(denoised.inputs, CALIBRATION)
+        calibration = reference.spread(denoised.inputs, self._calibration)
         return self._parts(name, (prepare, denoised.prepare, ()), (step, denoised.denoiser, calibration))
 
     def _vae(self) -> list[Part]:

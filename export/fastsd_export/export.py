@@ -43,6 +43,9 @@ def export(
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="int8: the denoiser of OpenVINO, as a variant of its own.")
     ] = None,
+    calibration: Annotated[
+        int, typer.Option("--calibration", help="Calls of the denoiser that int8 is calibrated with.")
+    ] = 32,
     loras: Annotated[
         list[str] | None, typer.Option("--lora", metavar="PATH[:WEIGHT]", help="A LoRA to merge; may be repeated.")
     ] = None,
@@ -91,8 +94,9 @@ def export(
         raise InputError("--quantize int8 is for the target openvino: add it to --to")
     if output is None and not dry_run:
         raise InputError("no folder is given: say where the bundle goes with -o DIR")
-    if max_steps < 1 or verify_steps < 1:
-        raise InputError(f"--max-steps {max_steps} and --verify-steps {verify_steps} must be at least 1")
+    for name, number in (("max-steps", max_steps), ("verify-steps", verify_steps), ("calibration", calibration)):
+        if number < 1:
+            raise InputError(f"--{name} must be at least 1, not {number}")
     if REPOSITORY in targets and len(targets) == 1:
         raise InputError(f"{REPOSITORY} is written from engines: name their target too, such as --to onnx,{REPOSITORY}")
 
@@ -133,6 +137,7 @@ def export(
             defaults=defaults,
             options=native,
             steps=verify_steps,
+            calibration=calibration,
             progress=progress,
         )
     repository = None

@@ -153,8 +153,7 @@ def write(traced: Traced, ranges: Mapping[str, Range], folder: Path, *, precisio
     size = sum(math.prod(_shape(value)) * getattr(torch, weight.dtype).itemsize for value, weight in made.items())
     if size > EXTERNAL:
         _refer(proto, weights, f"{path.name}.data")
-        _save(path, proto)
-        fill(path, weights, state)
+        _fill(proto, folder, weights, state)
     else:
         for tensor in proto.graph.initializer:
             weight = weights[tensor.name]
@@ -162,7 +161,7 @@ def write(traced: Traced, ranges: Mapping[str, Range], folder: Path, *, precisio
                 del tensor.external_data[:]
                 tensor.data_location = 0  # in this file
                 tensor.raw_data = _bytes(make(weight, state[weight.parameter])).tobytes()
-        _save(path, proto)
+    _save(path, proto)
     del proto
     _library("onnx.checker").check_model(path, full_check=True)
     return Graph(
@@ -228,11 +227,16 @@ def fill(path: Path, weights: Mapping[str, Weight | None], state: Mapping[str, T
         InputError: a parameter is missing or has another shape than the graph's.
     """
     _require(weights, state)
-    proto = _library("onnx").load(path, load_external_data=False)
+    _fill(_library("onnx").load(path, load_external_data=False), path.parent, weights, state)
+
+
+def _fill(
+    proto: onnx.ModelProto, folder: Path, weights: Mapping[str, Weight | None], state: Mapping[str, Tensor]
+) -> None:
     tensors = [tensor for tensor in proto.graph.initializer if weights[tensor.name] is not None]
     places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in tensors]
     [location] = {place["location"] for place in places}
-    with _replacing(path.parent / location) as file:
+    with _replacing(folder / location) as file:
         for tensor, place in zip(tensors, places, strict=True):
             weight = weights[tensor.name]
             assert weight is not None

@@ -237,7 +237,7 @@ def _quantize_kernel(
         # The pairs of both halves of 16 tokens take turns: `ORDER`.
         pairs = tl.permute(tl.reshape(scaled, [BLOCK // 16, 2, 4, 2, WIDTH]), [0, 2, 1, 3, 4])
         numbers = tl.trans(tl.reshape(pairs, [BLOCK, WIDTH])).to(v8.dtype.element_ty)
-        all_tokens = blocks.to(tl.int64) * BLOCK
+        all_tokens = tl.cast(blocks, tl.int64) * BLOCK  # no method: to torch 2.11's tracer sizes are constants
         place = head.to(tl.int64) * ROWS * all_tokens + (first + tl.program_id(0)).to(tl.int64) * BLOCK
         pointers = v8 + place + column[:, None] * all_tokens + row[None, :]
         tl.store(pointers, numbers, mask=column[:, None] < ROWS)

@@ -60,7 +60,8 @@ for call in calls:
     name, prompt = given.pop("name"), given.pop("prompt")
     result = pipe(prompt, output_type="np", **{"seed": 3, "num_inference_steps": 4, **given})
     made[name] = result.images
-    made["latents_" + name] = pipe(prompt, output_type="latent", **{"seed": 3, "num_inference_steps": 4, **given}).images
+    given = {"seed": 3, "num_inference_steps": 4, **given}
+    made["latents_" + name] = pipe(prompt, output_type="latent", **given).images
 pixels = made[name]
 made["encoded"] = pipe.encode(pixels)
 np.savez(out, **made)
@@ -128,7 +129,7 @@ def test_a_bundle_takes_the_call_of_any_model(bundled: Callable[[str], Path], ti
     generators = [torch.Generator().manual_seed(9) for _ in range(2)]
     pair = [
         one("the cat", generator=g, num_inference_steps=2, output_type="np").images
-        for one, g in zip((pipe, eager), generators)
+        for one, g in zip((pipe, eager), generators, strict=True)
     ]
     assert np.abs(pair[0] - pair[1]).max() <= 1 / 255
 
@@ -241,7 +242,7 @@ def test_native_engines_need_the_signature_of_this_machine(bundled: Callable[[st
         engine["files"]["engines/native.so"] = [4, store.hash_files(folder)["engines/native.so"][1]]
 
     edit(folder, plant)
-    with pytest.raises(InputError, match="not built on this machine.*--trust"):
+    with pytest.raises(InputError, match=r"not built on this machine.*--trust"):
         Pipeline.from_pretrained(folder, backend="onnx")
     Pipeline.from_pretrained(folder, backend="onnx", trust=True)
     (folder / bundle.SIGNATURE).write_text(store.sign((folder / bundle.MANIFEST).read_bytes()))
@@ -291,7 +292,7 @@ def test_what_strays_is_not_written(
         fill(path, weights, state)
 
     monkeypatch.setattr(build.onnx, "fill", wrong)
-    with pytest.raises(NumericError, match="denoiser in bfloat16: its prediction .*; the graph itself differs"):
+    with pytest.raises(NumericError, match=r"denoiser in bfloat16: its prediction .*; the graph itself differs"):
         export(tiny, tmp_path / "bundle", (Lane("openvino", "bfloat16"),))
     assert not list(tmp_path.iterdir())
     built = {entry.fields["component"] for entry in store.entries() if entry.fields.get("precision") == "bfloat16"}
@@ -330,3 +331,27 @@ def test_a_missing_torch_names_the_extra_where_it_is_needed(bundled: Callable[[s
     )
     assert "MissingExtraError" in run.stderr
     assert fastsd.Pipeline is Pipeline
+
+
+@pytest.mark.full
+def test_a_venv_without_torch_makes_the_image(bundled: Callable[[str], Path], tiny: Path, tmp_path: Path) -> None:
+    """Nothing but the core's dependencies and one runtime: what a product ships."""
+    import venv
+
+    root = Path(__file__).parent.parent.parent
+    call = "('the red cat', seed=3, num_inference_steps=4, output_type='np').images"
+    eager = Pipeline.from_pretrained(tiny, dtype="float32", device="cpu")
+    expected = eager("the red cat", seed=3, num_inference_steps=4, output_type="np").images
+    for library, backend in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+        venv.create(tmp_path / backend, with_pip=True)
+        python = str(tmp_path / backend / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "-q", str(root), library], check=True, capture_output=True)
+        code = (
+            "import importlib.util, numpy, fastsd; "
+            "assert not any(map(importlib.util.find_spec, ('torch', 'diffusers', 'transformers', 'onnx'))); "
+            f"pipe = fastsd.Pipeline.from_pretrained({str(bundled('sd'))!r}, backend={backend!r}); "
+            f"numpy.save({str(tmp_path / backend)!r} + '.npy', pipe{call})"
+        )
+        run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd="/")
+        assert run.returncode == 0, run.stderr
+        assert np.abs(np.load(tmp_path / f"{backend}.npy") - expected).max() <= 1 / 255  # one level

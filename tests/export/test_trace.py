@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastsd import text, vae
+from fastsd.errors import InputError
 from fastsd.families import Components
 from fastsd.text import Conditioning
 from fastsd_export import trace
@@ -126,6 +127,16 @@ def test_float16_keeps_in_float32_what_transformers_keeps(traced: Make) -> None:
         assert {name: one.dtype for name, one in state.items()} == {
             name: kept if name.endswith(".wo.weight") else dtype for name in state
         }
+
+
+def test_flux_has_positions_for_8192_pixels(loaded: Loaded) -> None:
+    _, components = loaded("flux")
+    given = torch.ones(1, 2), torch.ones(2, 3, 32), torch.ones(2, 24)
+    for height, width in ((1026, 2), (2, 1026), (3, 2)):
+        with pytest.raises(InputError, match=f"{height} x {width}; both must be positive multiples of 2 up to 1024"):
+            components.denoiser.prepare(*given, height=height, width=width, guidance_scale=torch.ones(2))
+    table = components.denoiser.prepare(*given, height=1024, width=2, guidance_scale=torch.ones(2)).position
+    assert table.shape == (2, 3 + 512, 8)
 
 
 @pytest.mark.parametrize(

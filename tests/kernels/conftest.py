@@ -1,8 +1,12 @@
 """Kernels without a GPU: their `launch` in a process where Triton interprets them, and what the ops must all do."""
 
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import interpreter_float8
@@ -164,3 +168,20 @@ def check_op() -> Callable[..., None]:
             torch.testing.assert_close(run(function), expected, rtol=0, atol=0, equal_nan=True)
 
     return check
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """`install(*packages)`: a folder with these releases alone, to be put before the installed ones, until the end."""
+    target = tmp_path / "packages"
+
+    def install(*packages: str) -> Path:
+        options = ("-q", "--no-deps", "--no-compile", "--target", str(target))
+        run = subprocess.run(
+            [sys.executable, "-m", "pip", "install", *options, *packages], capture_output=True, text=True
+        )
+        assert run.returncode == 0, f"No index that pip knows gives {' and '.join(packages)}:\n{run.stderr}"
+        return target
+
+    yield install
+    shutil.rmtree(target, ignore_errors=True)  # gigabytes, of which pytest would keep those of three runs

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +153,10 @@ def test_every_variant_on_every_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_every_variant_by_the_triton_of_another_torch(tmp_path: Path) -> None:
+def test_every_variant_by_the_triton_of_another_torch(install: Callable[..., Path], tmp_path: Path) -> None:
     """torch 2.11 comes with Triton 3.6.0, 2.13 with 3.7.1: the one that is not installed is, beside."""
     version = "3.7.1" if triton.__version__ == "3.6.0" else "3.6.0"
-    target = tmp_path / "triton"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), f"triton=={version}"]
-    subprocess.run(pip, check=True, capture_output=True)
+    target = install(f"triton=={version}")
     run = module_run(PYTHONPATH=str(target), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith(f"Triton {version}\n")
