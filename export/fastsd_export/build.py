@@ -338,7 +338,7 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
         graph=_digest_graph(graph),
         weights=part.weights,
         device="cpu" if lane.on_cpu else "cuda",
-        options=recipe,
+        options={**recipe, "sources": _sources()},
     )
 
     def build(folder: Path) -> None:

@@ -168,6 +168,20 @@ def test_openvino_is_compiled_for_a_few_sizes_and_open_for_more(
 
 
 @targets
+def test_fixed_sizes_may_be_numbers_in_the_manifest(unet: tuple[Traced, graphs.Graph], target: str) -> None:
+    traced, graph = unet
+    engine = engine_of(graph.path, graph, target, sizes=traced.sizes)
+    sides = {
+        side: tuple(TensorSpec(one.name, one.dtype, base.shape(one, traced.sizes)) for one in getattr(engine, side))
+        for side in ("inputs", "outputs")
+    }
+    run = BACKENDS[target].load(graph.path, Engine(**{**vars(engine), **sides}), device="cpu", shared=shared())
+    inputs = arrays(traced, traced.sizes)
+    assert error(run(**inputs)[0], eager(traced, inputs)[0]) < TOLERANCES["float32"]
+    assert "pass float32 [2, 4, 17, 19]" in refusal(lambda: run(**{**inputs, "latents": inputs["latents"][:1]}))
+
+
+@targets
 def test_results_are_the_callers_own(unet: tuple[Traced, graphs.Graph], target: str) -> None:
     traced, graph = unet
     engine = engine_of(graph.path, graph, target, sizes=traced.sizes)

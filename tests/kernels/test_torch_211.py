@@ -20,7 +20,15 @@ PACKAGES = (
     f"torch=={TORCH}",
     f"triton=={TRITON}",
     "nvidia-cuda-runtime==13.0.96",
-    "numpy==2.3.5",  # with 2.4 this Triton cannot interpret a loop: it passes `range` an array of one element
+    "numpy==2.3.5",  # the last before 2.4, which refuses the `int(array of one element)` of interpreted loops
+)
+# What torch 2.11 has not, and the kernels not from it.
+WITHOUT = (
+    # Its attention on a CPU divides by the number of heads, and where there is none it ends the process.
+    "test_attention.py::test_nothing_to_attend[(2, 5, 0, 64)-5]",
+    "test_cross_attention.py::test_nothing_to_attend[(2, 5, 0, 64)-5]",
+    # Its product of float8 on a CPU has one scale for all rows.
+    "test_quantize.py::test_product_in_float8",
 )
 FUNCTION = re.compile(r"\s(cu(?!da)\w+|nccl\w+|nvshmem\w+)(?:@(\S+))?$", re.MULTILINE)
 
@@ -71,8 +79,9 @@ def test_kernels(install: Callable[..., Path], of_wheels: tuple[str, str]) -> No
         "TORCHINDUCTOR_CACHE_DIR": str(target / "inductor_cache"),
         "CUDA_VISIBLE_DEVICES": "",
     }
+    options = ["-q", "-x", "-p", "no:cacheprovider", *(f"--deselect=tests/kernels/{test}" for test in WITHOUT)]
     run = subprocess.run(
-        [sys.executable, "-c", code, "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).parent)],
+        [sys.executable, "-c", code, "tests/kernels", *options],
         cwd=Path(__file__).parents[2],
         env={**os.environ, **environment},
         capture_output=True,
