@@ -44,10 +44,16 @@ SEED = 7
 Call = Callable[[], tuple[np.ndarray[Any, Any], float]]  # pixels, seconds of a step
 
 
+def lanes(folder: Path) -> list[tuple[str, str]]:
+    """Those of `LANES` that the bundle has."""
+    has = {(one.target, one.precision) for one in bundle.read(folder).variants}
+    return [lane for lane in LANES if lane in has]
+
+
 def engines(folder: Path, model: Mapping[str, Any]) -> dict[str, Call]:
     """A call of each variant of the bundle."""
     calls: dict[str, Call] = {}
-    for target, precision in LANES:
+    for target, precision in lanes(folder):
         pipe = Pipeline.from_pretrained(folder, backend=target, dtype=precision, device="cpu")
         calls[f"{target} {precision}"] = _ours(pipe, model)
     return calls
@@ -285,13 +291,13 @@ result.save(out, overwrite=True)
 
 def cold_starts(folder: Path, repeats: int) -> dict[str, float]:
     """Median seconds of a process from its start to the saved image, for the demo: by variant, and from torch."""
-    lanes = {f"{target} {precision}": (str(folder), target, precision) for target, precision in LANES}
-    lanes["torch float32"] = ("demo", "eager", "float32")
-    seconds: dict[str, list[float]] = {name: [] for name in lanes}
+    ways = {f"{target} {precision}": (str(folder), target, precision) for target, precision in lanes(folder)}
+    ways["torch float32"] = ("demo", "eager", "float32")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     code = COLD.format(**{key: MODELS["demo"][key] for key in ("prompt", "steps", "scheduler")})
     with tempfile.TemporaryDirectory() as work:
         for turn in range(repeats + 1):
-            for name, arguments in lanes.items():
+            for name, arguments in ways.items():
                 started = time.perf_counter()
                 subprocess.run([sys.executable, "-c", code, *arguments, f"{work}/image.png"], check=True)
                 if turn:  # the first fills the caches, which a machine has after one run
@@ -311,7 +317,7 @@ def shown(folder: Path, captions: int) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(SEED)
     prompts = [world.caption(scene, rng) for scene in scenes]
     scores = {}
-    for target, precision in LANES:
+    for target, precision in lanes(folder):
         pipe = Pipeline.from_pretrained(folder, backend=target, dtype=precision)
         images = []
         for i, prompt in enumerate(prompts):

@@ -342,9 +342,11 @@ def attention_int8(
 @torch.library.triton_op("fastsd::attention_int8_out", mutates_args={"out", "out_text"})
 def attention_int8_out(
     q8: Tensor, k8: Tensor, q_scale: Tensor, k_scale: Tensor, means: Tensor, v: Tensor, out: Tensor,
-    v_text: Tensor | None = None, out_text: Tensor | None = None,
+    v_text: Tensor | None, out_text: Tensor | None,
 ) -> None:  # fmt: skip
     """As `attention_int8`, into `out` and, where there is a text, `out_text`, both as the values and of any strides.
+
+    There are no defaults: torch 2.11 has no ops that write to an argument which was left out.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides do not fit.
@@ -397,7 +399,7 @@ def attention_fp8(
 @torch.library.triton_op("fastsd::attention_fp8_out", mutates_args={"out", "out_text"})
 def attention_fp8_out(
     q8: Tensor, k8: Tensor, q_scale: Tensor, k_scale: Tensor, means: Tensor, v8: Tensor, v_exponent: Tensor,
-    channels: Tensor, out: Tensor, out_text: Tensor | None = None,
+    channels: Tensor, out: Tensor, out_text: Tensor | None,
 ) -> None:  # fmt: skip
     """As `attention_fp8`, into `out` and, where there is a text, `out_text`: [batch, tokens, heads, head_dim], strided.
 

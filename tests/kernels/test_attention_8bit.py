@@ -252,6 +252,15 @@ def test_ops(check_op: Any) -> None:
     check_op(attention_int8_out, *joint[:5], image[2], out[:, 9:].clone(), text[2], out[:, :9].clone())
 
 
+def test_one_stream_into_a_tensor() -> None:
+    q, k, v = inputs(1, 70, 2, 64, torch.bfloat16)
+    quantized = quantize_qkv(q, k, v, *NONE)
+    out8, out = (torch.full_like(v, math.nan) for _ in range(2))
+    attention_fp8_out(*quantized, out8, None)
+    attention_int8_out(*quantized[:5], v, out, None, None)
+    assert torch.equal(out8, attention_fp8(*quantized, 70)) and torch.equal(out, attention_int8(*quantized[:5], v))
+
+
 def test_ops_are_the_joint_attention_of_flux() -> None:
     generator = torch.Generator().manual_seed(4)
     weights = (1 + torch.randn(4, 128, generator=generator) / 4).bfloat16()
@@ -294,12 +303,13 @@ def test_float8_needs_a_chip_that_has_it(launches: Any, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"no float8, which needs compute capability 8\.9; use .*attention_int8"):
         launches(attention_fp8, *quantized, 70)
     with pytest.raises(ValueError, match="no float8"):
-        launches(attention_fp8_out, *quantized, torch.empty_like(q))
+        launches(attention_fp8_out, *quantized, torch.empty_like(q), None)
     assert len(launches(attention_int8, *quantized[:5], v)) == 1
 
 
 X = torch.zeros(2, 70, 3, 64).half()
 Q = quantize_qkv(X, X, X, *NONE)
+NO_TEXT = {"v_text": None, "out_text": None}
 NAMES = ("q8", "k8", "q_scale", "k_scale", "means", "v8", "v_exponent", "channels")
 
 
@@ -343,7 +353,7 @@ def test_refusals_of_float8(change: dict[str, Any], message: str) -> None:
 )
 def test_refusals_of_int8(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
-        attention_int8_out(**{**dict(zip(NAMES, Q[:5], strict=False)), "v": X, "out": X.clone(), **change})
+        attention_int8_out(**{**dict(zip(NAMES, Q[:5], strict=False)), **NO_TEXT, "v": X, "out": X.clone(), **change})
     assert message in str(raised.value)
 
 
