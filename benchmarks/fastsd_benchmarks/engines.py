@@ -77,15 +77,21 @@ def peer(name: str, model: Mapping[str, Any], dtype: torch.dtype, guidance_scale
     """`diffusers` on the same weights, seed and sampler, with its memory layout that is the faster here."""
     import diffusers
 
-    if name == "demo":
-        from fastsd.checkpoint import resolve
+    from fastsd import checkpoint, presets, random_weights
+    from fastsd.text import windows
 
-        pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(resolve(name), dtype=dtype)
+    if name == "demo":
+        folder = checkpoint.resolve(name)
+        pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
+        tokenizer = checkpoint.source(folder).tokenizer("tokenizer")
     else:
         pipeline = _random(name, dtype)
+        tokenizer = random_weights.source(presets.PRESETS[name]).tokenizer("tokenizer")
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
+
+    ids = [windows(tokenizer, text, 77, "cut")[0] for text in (model["prompt"], "")]
 
     def call() -> tuple[np.ndarray[Any, Any], float]:
         ends: list[float] = [time.perf_counter()]
@@ -94,8 +100,11 @@ def peer(name: str, model: Mapping[str, Any], dtype: torch.dtype, guidance_scale
             ends.append(time.perf_counter())
             return values
 
+        with torch.inference_mode():
+            prompt, negative = (pipeline.text_encoder(torch.tensor([one]))[0] for one in ids)
         images = pipeline(
-            model["prompt"],
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
             num_inference_steps=model["steps"],
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(SEED),
@@ -125,31 +134,12 @@ def _random(name: str, dtype: torch.dtype) -> Any:
         source.load(module, component, dtype, cpu)
         return module
 
-    tokenizer = source.tokenizer("tokenizer")
-
-    def tokenize(text: Any, **_: Any) -> Any:
-        texts = [text] if isinstance(text, str) else text
-        rows = []
-        for one in texts:
-            ids = [tokenizer.bos, *tokenizer.encode(one)[:75], tokenizer.eos]
-            rows.append(ids + [tokenizer.pad] * (77 - len(ids)))
-        return transformers.BatchEncoding({"input_ids": torch.tensor(rows), "attention_mask": None})
-
-    class Tokenizer(transformers.PreTrainedTokenizer):  # type: ignore[misc]
-        model_max_length = 77
-
-        def __init__(self) -> None:
-            pass
-
-        def __call__(self, text: Any, **options: Any) -> Any:
-            return tokenize(text)
-
     return diffusers.StableDiffusionPipeline(
         vae=load(diffusers.AutoencoderKL.from_config, "vae"),
         text_encoder=load(
             lambda config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)), "text_encoder"
         ),
-        tokenizer=Tokenizer(),
+        tokenizer=None,
         unet=load(diffusers.UNet2DConditionModel.from_config, "unet"),
         scheduler=getattr(diffusers, source.index["scheduler"][1]).from_config(source.config("scheduler")),
         safety_checker=None,
