@@ -8,11 +8,14 @@
     configs             by component, what of its configuration a call is checked against
     defaults            steps and guidance where a call leaves them out
     tokenizers          by component, a folder of the bundle, or the numbers of a stand-in (random weights)
-    samplers            by name (the checkpoint's own under that of its class), the file with its tables, or the
-                        configuration of a flow Euler, which goes by its formula (`sampling.flow`)
+    samplers            by name (the checkpoint's own under that of its class), the file with its tables;
+                        {"file", "tokens"} where they hold for one number of image tokens; or the configuration of a
+                        flow Euler, which goes by its formula (`sampling.flow`)
     weights             by component, the digest of the weights it was made of; `loras`: what was merged into them
     files               size and sha256 of every file that belongs to no engine
     variants            one for each target and precision: its engines (`Engine`) and its verification end to end
+    arguments           of the `fastsd export` that makes engines of the same checkpoint
+    digest              sha256 of all of the above as canonical JSON
 A path is relative to the folder. What is listed is checked against its size and sha256 before it is used; what is not
 listed is never opened.
 """
@@ -20,8 +23,10 @@ listed is never opened.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
+import shlex
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +58,8 @@ TARGETS = {
     "openvino": ("cpu",),
     "onnx": ("cuda", "cpu"),
 }
-NATIVE = (".plan", ".engine", ".pt2", ".so")  # code of the machine that built it
+DATA = ("onnx", "openvino")  # targets whose engines are graphs; all others are code of the machine that built it
+NATIVE = (".plan", ".engine", ".pt2", ".so")  # and so is a file of these suffixes
 
 Range = tuple[int, int, int]  # min, opt, max
 Run = Callable[..., tuple[Array, ...]]
@@ -130,14 +136,22 @@ class Manifest:
     loras: Mapping[str, float]
     files: Mapping[str, tuple[int, str]]
     variants: tuple[Variant, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps({**document, "digest": digest(document)}, indent=1, allow_nan=False)
+
+
+def digest(document: Mapping[str, Any]) -> str:
+    """That of a manifest without its own."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Engines(NamedTuple):
-    """A variant of a bundle, ready to run."""
+    """A variant of a bundle, ready to run; `loras` are those in its weights, `sizes` bytes of files by component."""
 
     name: str
     target: str
@@ -145,6 +159,8 @@ class Engines(NamedTuple):
     device: str
     functions: Functions
     table: Callable[..., StepTable]
+    loras: Mapping[str, float] = {}
+    sizes: Mapping[str, int] = {}
 
 
 def is_bundle(model: str | Path) -> bool:
@@ -159,7 +175,15 @@ def read(folder: Path) -> Manifest:
         InputError: it cannot be read, is of another version or damaged.
     """
     path = folder / MANIFEST
-    document = files.read_json(path)
+    try:
+        document = json.loads(path.read_bytes().decode())
+        # What has none says by its fields whether it is a manifest.
+        if (recorded := document.pop("digest", None)) is not None and recorded != digest(document):
+            raise ValueError("its sha256 is not the recorded one")
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r} ({error.strerror}): make it readable") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from None
     if document.pop("format", None) != FORMAT:
         raise InputError(f'{str(path)!r} is no manifest of a bundle: it lacks "format": "{FORMAT}"')
     if (version := document.pop("version", None)) != VERSION:
@@ -174,8 +198,12 @@ def read(folder: Path) -> Manifest:
         manifest = Manifest(**{**document, "files": _listed(document["files"]), "variants": variants})
         _check_types(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{str(path)!r} is damaged ({files.one_line(error)}): export the bundle anew") from None
+        raise _damaged(path, error) from None
     return manifest
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{str(path)!r} is damaged ({files.one_line(error)}): export the bundle anew")
 
 
 def read_engine(plain: Mapping[str, Any]) -> Engine:
@@ -203,18 +231,56 @@ def _range(value: Sequence[int]) -> Range:
 
 def _check_types(manifest: Manifest) -> None:
     """Raise `TypeError` where the JSON has another shape than the dataclasses say."""
-    for name in ("index", "scheduler", "configs", "defaults", "tokenizers", "samplers", "weights", "loras"):
-        if not isinstance(getattr(manifest, name), dict):
+    objects = ("index", "scheduler", "configs", "defaults", "tokenizers", "samplers", "weights", "loras", "arguments")
+    for name, value in [*((name, getattr(manifest, name)) for name in objects), *dict(manifest.configs).items()]:
+        if not isinstance(value, dict):
             raise TypeError(f"{name} is no object")
+    for name, value in manifest.loras.items():
+        if type(value) not in (int, float):
+            raise TypeError(f"the weight of {name!r} is no number")
     for variant in manifest.variants:
         if variant.target not in TARGETS or not variant.engines:
             raise ValueError(f"a variant for {variant.target!r} with {len(variant.engines)} engines")
         for engine in variant.engines:
             if engine.path not in engine.files:
                 raise ValueError(f"{engine.path!r} is not among the files of its engine")
-    for name, where in {**manifest.tokenizers, **manifest.samplers}.items():
-        if isinstance(where, str) and not any(path == where or path.startswith(f"{where}/") for path in manifest.files):
+    for name, where in manifest.tokenizers.items():
+        if isinstance(where, str) and not any(path.startswith(f"{where}/") for path in manifest.files):
             raise ValueError(f"{where!r} of {name!r} is not among its files")
+    for name, source in manifest.samplers.items():
+        path, tokens = _tables_of(source)
+        by_formula = isinstance(source, dict) and "file" not in source
+        if not by_formula and path not in manifest.files:
+            raise ValueError(f"{path!r} of {name!r} is not among its files")
+        if not (tokens is None or (type(tokens) is int and tokens > 0)):
+            raise TypeError(f"{tokens!r} of {name!r} is no number of tokens")
+
+
+def _tables_of(source: Any) -> tuple[Any, Any]:
+    """The file with the tables of a sampler, None if it goes by a formula, and the tokens that they are for or None."""
+    if isinstance(source, dict):
+        return source.get("file"), source.get("tokens") if "file" in source else None
+    return source, None
+
+
+def _check_runs(manifest: Manifest, variant: Variant) -> None:
+    """Raise where the manifest lacks what a run reads of it."""
+    from fastsd import tokenizer
+
+    if missing := {"denoiser", "vae"} - manifest.configs.keys():
+        raise ValueError(f"configs lacks {min(missing)}")
+    if not (manifest.configs["vae"]["block_out_channels"] and manifest.configs["vae"]["latent_channels"]):
+        raise ValueError("the configuration of the vae is empty")
+    if not isinstance(manifest.index.get("_fastsd", {}), dict):
+        raise TypeError("_fastsd of the index is no object")
+    for where in manifest.tokenizers.values():
+        if isinstance(where, dict):
+            tokenizer.hashing(**where)
+        elif not isinstance(where, str):
+            raise TypeError(f"{where!r} is no tokenizer")
+    for engine in variant.engines:
+        if engine.component == "denoiser" and not {"batch", "height", "width"} <= engine.profile.keys():
+            raise ValueError(f"the profile of {engine.path!r} lacks a dimension")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,6 +316,7 @@ def load(
     manifest = read(folder)
     listed = dict(manifest.files)
     if serve is None:
+        device = "cpu" if device == "cpu:0" else device  # as torch calls it, too
         variant, place = _choose(manifest, folder, backend, precision.removeprefix("torch."), device)
         for one in manifest.variants:
             for engine in one.engines:
@@ -259,6 +326,18 @@ def load(
     store.check_files(folder, listed, checksums=False, besides=(MANIFEST, SIGNATURE))
     store.check_files(folder, manifest.files, besides=None)
     module = family(str(manifest.index.get("_class_name")))
+    encoders = [encoder.name for encoder in module.ENCODERS if encoder.name in manifest.configs]
+    has = {engine.component for engine in variant.engines}
+    if "denoiser" not in has:
+        lacking = [name for name in (*encoders, "prepare", "denoiser", "vae_decoder") if name not in has]
+        raise InputError(
+            f"{str(folder)!r} has only {files.few(sorted(has))}, which makes no images: "
+            f"add the rest with --components {','.join(lacking)}"
+        )
+    try:
+        _check_runs(manifest, variant)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder / MANIFEST, error) from None
     denoiser = next(engine for engine in variant.engines if engine.component == "denoiser")
     configs = {name: SimpleNamespace(config=SimpleNamespace(**config)) for name, config in manifest.configs.items()}
     # The default size is one that there is an engine for.
@@ -278,7 +357,10 @@ def load(
         scheduler=manifest.scheduler,
         index=manifest.index,
     )
-    native = serve is None and any(Path(path).suffix in NATIVE for engine in variant.engines for path in engine.files)
+    native = serve is None and any(
+        engine.target not in DATA or any(Path(path).suffix.lower() in NATIVE for path in engine.files)
+        for engine in variant.engines
+    )
     if native and not trust and not _made_here(folder):
         raise InputError(
             f"{str(folder)!r} holds native engines that were not built on this machine: export it here, or pass "
@@ -287,10 +369,14 @@ def load(
     router = Router(folder, manifest, variant, place, serve)
     functions = compose(module, components, router.route, router.admit, place)
     table = functools.partial(_table, folder, manifest, components)
+    parts: dict[str, dict[str, tuple[int, str]]] = {}  # a file that two engines share counts once
+    for engine in variant.engines:
+        parts.setdefault(engine.component, {}).update(engine.files)
+    sizes = {component: sum(size for size, _ in listed.values()) for component, listed in parts.items()}
     return (
         components,
         manifest.defaults,
-        Engines(manifest.name, variant.target, variant.precision, place, functions, table),
+        Engines(manifest.name, variant.target, variant.precision, place, functions, table, manifest.loras, sizes),
     )
 
 
@@ -317,7 +403,7 @@ def _choose(manifest: Manifest, folder: Path, backend: str, precision: str, devi
             for one in devices:
                 if device == "auto" or device.partition(":")[0] == one:
                     place = one if device == "auto" else device
-                    reason = backend_of(target).available(place)
+                    reason = backend_of(target).available(place, target)
                     if reason is None:
                         return variant, place
                     reasons.append(reason)
@@ -361,57 +447,96 @@ class Router:
                 run = self._loaded[engine.path] = self._serve(engine)
         return run, frozenset(spec.name for spec in engine.inputs)
 
-    def admit(self, batch: int, size: tuple[int, int]) -> None:
-        """Raise `InputError` if there is no engine for (B, (h, w)) of the latents."""
-        dims = {"batch": batch, "height": size[0], "width": size[1]}
+    def admit(self, images: int, halves: int, size: tuple[int, int]) -> None:
+        """Raise `InputError` if there is no engine for the images, the halves of guidance and (h, w) of the latents."""
+        dims = {"batch": halves * images, "height": size[0], "width": size[1]}
         for component in ("prepare", "denoiser", "vae_decoder"):
-            self._tightest(component, dims)
+            self._tightest(component, dims, halves)
 
     def _load(self, engine: Engine) -> Run:
         store.check_files(self._folder, engine.files, besides=None)
-        if engine.path.endswith(".onnx"):  # it may name other files
-            store.check_external(self._folder / engine.path, self._folder, engine.files)
+        graphs = {path for path in engine.files if path.lower().endswith(".onnx")}
+        if engine.target in DATA and not (engine.target == "openvino" and engine.path.endswith(".xml")):
+            graphs.add(engine.path)  # whatever its name: what reads it goes by the content
+        for path in sorted(graphs):  # they may name other files
+            store.check_external(self._folder / path, self._folder, engine.files)
         run: Run = backend_of(engine.target).load(
             self._folder / engine.path, engine, device=self._device, shared=self._shared
         )
         return run
 
-    def _tightest(self, component: str, dims: Mapping[str, int]) -> Engine:
+    def _tightest(self, component: str, dims: Mapping[str, int], halves: int | None = None) -> Engine:
         engines = [engine for engine in self._variant.engines if engine.component == component]
         holds = [
             engine
             for engine in engines
             if all(low <= dims.get(name, low) <= high for name, (low, _, high) in engine.profile.items())
         ]
-        if holds:
-            return min(holds, key=lambda engine: math.prod(high for _, _, high in engine.profile.values()))
+        if holds:  # a fixed profile before a range up to the same, and what was added later before what was there
+
+            def tightness(engine: Engine) -> tuple[int, int]:
+                least, _, most = zip(*engine.profile.values(), strict=True) if engine.profile else ((), (), ())
+                return math.prod(most), -math.prod(least)
+
+            return min(reversed(holds), key=tightness)
         if not engines:
             raise InputError(f"the bundle has no {component}: export it with --components {component}")
         factor = _factor(self._manifest.configs["vae"]["block_out_channels"])
         pixels = {name: dims[name] * factor for name in ("height", "width") if name in dims}
-        others = {name: dims[name] for name in ("batch", "tokens") if name in dims}
-        flags = "".join(f" --{name} {value}" for name, value in {**pixels, **_images(others)}.items())
-        asked = " and ".join(f"{name} {value}" for name, value in {**pixels, **others}.items())
-        raise InputError(
-            f"no {component} of the bundle holds {asked}: "
-            f"`fastsd export {self._manifest.name} --to {self._variant.target} -o {self._output}{flags}` adds one"
-        )
+        asked = {**pixels, **{name: dims[name] for name in ("batch", "tokens") if name in dims}}
+        words = " and ".join(f"{name} {value}" for name, value in asked.items())
+        sizes: dict[str, Any] = {**pixels, **self._images(dims, halves), **self._tokens(component, dims)}
+        raise InputError(f"no {component} of the bundle holds {words}: `{self._command(sizes)}` adds one")
+
+    def _images(self, dims: Mapping[str, int], halves: int | None) -> dict[str, Any]:
+        """Rows of the denoiser's batch as an export counts them."""
+        rows = dims.get("batch")
+        if rows is None:
+            return {}
+        if halves is None:  # only the rows are known: an even number may be both halves
+            halves = 2 - rows % 2
+        return {"batch": rows // halves, **({"guidance": "on"} if halves == 2 else {})}
+
+    def _tokens(self, component: str, dims: Mapping[str, int]) -> dict[str, Any]:
+        """Tokens as an export counts them, those of the denoiser: CLIP's in whole windows, SD3's with T5's."""
+        from fastsd.families import family
+
+        if "tokens" not in dims:
+            return {}
+        module, tokens = family(str(self._manifest.index["_class_name"])), dims["tokens"]
+        kind = module.__name__.rpartition(".")[2]
+        window = int(self._manifest.configs.get(module.ENCODERS[0].name, {}).get("max_position_embeddings", 77))
+        if kind in ("sd", "sdxl"):
+            tokens = math.ceil(tokens / window) * window
+        elif kind == "sd3" and component.startswith("text_encoder"):
+            tokens += window
+        return {"tokens": tokens}
+
+    def _command(self, sizes: Mapping[str, Any]) -> str:
+        """What adds engines for other sizes to the bundle."""
+        lane = self._variant
+        kind = {"quantize": lane.precision} if lane.precision == "int8" else {"dtype": lane.precision}
+        same = dict(self._manifest.arguments)
+        words = ["fastsd", "export", str(same.pop("model", self._manifest.name)), "--to", lane.target]
+        for name, value in {**kind, **same, "output": self._output, **sizes}.items():
+            flag = "-o" if name == "output" else f"--{name.replace('_', '-')}"
+            for one in value if isinstance(value, list | tuple) else (value,):
+                if one is True:
+                    words.append(flag)
+                elif one is not None and one is not False:
+                    words += [flag, str(one)]
+        return shlex.join(words)
 
 
 def _factor(block_out_channels: Sequence[int]) -> int:
     return int(2 ** (len(block_out_channels) - 1))
 
 
-def _images(dims: dict[str, int]) -> dict[str, int | str]:
-    """The batch as --batch counts it, without the doubling by guidance; tokens as they are."""
-    return {name: f"1:1:{(value + 1) // 2}" if name == "batch" and value > 2 else value for name, value in dims.items()}
-
-
 def compose(
     family: ModuleType,
     components: Components,
     route: Callable[[str, Mapping[str, int]], tuple[Run, frozenset[str]]],
-    admit: Callable[[int, tuple[int, int]], None] = lambda batch, size: None,
+    admit: Callable[[int, int, tuple[int, int]], None] = lambda images, halves, size: None,
     device: str = "cpu",
 ) -> Functions:
     """The functions of the straight line out of one function for each component.
@@ -525,10 +650,16 @@ def _table(
     given = {key: value for key, value in arguments.items() if key != "eta" or value}
     if source is None:
         raise InputError(f"the bundle has no sampler {scheduler!r}: use {known}, or export with --samplers {scheduler}")
-    if isinstance(source, str):
+    path, only = _tables_of(source)
+    if path is not None:
         if given or steps is None:
             raise InputError(f"the samplers of a bundle are tables without {', '.join(given)}: leave it out")
-        return unpack((folder / source).read_bytes(), steps)
+        if only not in (None, tokens):
+            raise InputError(
+                f"the bundle's tables of {scheduler or manifest.scheduler.get('_class_name')} are for images of {only} "
+                f"tokens, not of {tokens}: export a bundle for this size alone, with --height and --width"
+            )
+        return unpack(_read_listed(folder, path, manifest), steps)
     stand_in = SimpleNamespace(config=source, set_timesteps=flow_euler)
     steps, sized = family(str(manifest.index["_class_name"])).schedule(components, stand_in, steps, tokens)
     try:
@@ -537,6 +668,19 @@ def _table(
         raise InputError(
             f"flow Euler of a bundle takes steps or sigmas, not {', '.join(given)}: leave it out"
         ) from None
+
+
+def _read_listed(folder: Path, path: str, manifest: Manifest) -> bytes:
+    """A small file that belongs to no engine; `InputError` if it is another than the manifest lists."""
+    try:
+        data = (folder / path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {str(folder / path)!r} ({error.strerror}): copy the bundle again") from error
+    if (len(data), hashlib.sha256(data).hexdigest()) != manifest.files[path]:
+        raise InputError(
+            f"{str(folder / path)!r} is damaged (its sha256 is not the recorded one): copy the bundle again"
+        )
+    return data
 
 
 def unpack(data: bytes, steps: int) -> StepTable:

@@ -182,7 +182,7 @@ def _download(repo: str, revision: str | None, variant: str | None) -> Path:
         start = snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"])
         needed = _needed_files(repo, names, read_index(Path(start)), variant)
         # By name, not by commit: so the cache remembers what the revision is, and finds it when offline.
-        patterns = [glob.escape(name) for name in needed]
+        patterns = [glob.escape(name) for name in (*needed, *_licences(names))]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise InputError(f"{repo!r} is no valid hub id: write it as org/name, as in its address") from None
@@ -225,6 +225,11 @@ def _needed_files(repo: str, names: Iterable[str], index: Mapping[str, Any], var
             kept += [chosen.single] if chosen.single else [*chosen.shards, *filter(None, [chosen.index_file])]
         needed += [f"{component}/{file}" for file in kept]
     return needed
+
+
+def _licences(names: Iterable[str]) -> list[str]:
+    """The texts that whoever passes the weights on must pass on too, of all paths of a hub repository."""
+    return [name for name in names if re.fullmatch(r"LICEN[CS]E[^/]*|NOTICE[^/]*|README\.md", name)]
 
 
 def _from_cache(repo: str, revision: str | None, variant: str | None, needed: Iterable[str], error: Exception) -> Path:

@@ -125,6 +125,7 @@ class Pipeline:
         self._running = 0  # calls and streams that read the weights
         self._modules: dict[str, Any] = {}  # what a LoRA may change, by the name of its component
         self._waiting = None
+        self._engines = engines
         if engines is not None:
             self.backend: str = engines.target
             self.functions: Functions = engines.functions
@@ -464,10 +465,12 @@ class Pipeline:
     @property
     def loras(self) -> dict[str, float]:
         """Name -> weight of the LoRAs in the weights."""
-        return self._loras.active
+        return self._loras.active if self._engines is None else dict(self._engines.loras)
 
     def memory(self) -> dict[str, tuple[int, int]]:
-        """Bytes of weights by component, and how many of them only `prepare` reads."""
+        """Bytes of weights by component, and how many of them only `prepare` reads; of a bundle, of its files."""
+        if self._engines is not None:
+            return {name: (size, 0) for name, size in self._engines.sizes.items()}
         from fastsd import memory
 
         return memory.report({**self._modules, "vae": self.components.vae})

@@ -228,7 +228,7 @@ def check(pipeline: Pipeline, prompt: str | Sequence[str] | None = None, **argum
     counts, custom = _schedule(pipeline, given, batch)
     tokens = noise_shape[1] * noise_shape[2] // family.PATCH**2
     halves = 2 if max(guidance) > 1 else 1
-    pipeline.functions.admit(halves * batch, (noise_shape[1], noise_shape[2]))
+    pipeline.functions.admit(batch, halves, (noise_shape[1], noise_shape[2]))
     tables = _tables(pipeline, schedulers, counts, guidance, {"eta": eta, **custom}, tokens)
 
     seeds, noise = _noise_sources(given.get("seed"), given.get("generator"), batch)

@@ -814,6 +814,12 @@ def fields_for(
 def is_stale(fields: Mapping[str, Any]) -> bool:
     """Whether an engine was built by another exporter, for another machine or for other libraries than are here."""
     target, options = fields.get("target", ""), fields.get("options", {})
+    if target not in _LIBRARIES:  # no engine, such as a graph: no machine matters, and its libraries are those it names
+        recorded = {"fastsd": fields.get("exporter", fastsd.__version__), **fields.get("versions", {})}
+        return any(
+            version != (fastsd.__version__ if name == "fastsd" else _version(name))
+            for name, version in recorded.items()
+        )
     device = fields.get("machine", {}).get("device", "cpu")
     try:
         versions = _versions(target, device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import gzip
 import hashlib
 import json
 import math
@@ -31,13 +32,13 @@ import onnx as onnx_
 import torch
 
 import fastsd
-from fastsd import bundle, families, lora, store
+from fastsd import bundle, families, lora, presets, store
 from fastsd.bundle import Engine, Manifest, Range, Variant
 from fastsd.checkpoint import Source
 from fastsd.errors import InputError, NumericError
 from fastsd.families import Components
 from fastsd.pipeline import Pipeline
-from fastsd.sampling.schedulers import SIGMAS, is_flow
+from fastsd.sampling.schedulers import SIGMAS, is_flow, resolve_scheduler
 from fastsd_export import onnx, openvino, reference, tables, tensorrt, trace, verify
 from fastsd_export.plan import Lane, Plan, Sizes
 from fastsd_export.trace import Traced
@@ -78,6 +79,7 @@ def export(
     max_steps: int = tables.MAX_STEPS,
     loras: Sequence[tuple[str, float]] = (),
     defaults: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     steps: int = STEPS,
     calibration: int = CALIBRATION,
@@ -96,6 +98,7 @@ def export(
         max_steps: of the samplers.
         loras: path or hub id and weight of each that is merged.
         defaults: steps and guidance of the checkpoint where its own index has none.
+        arguments: what the user gave to name the checkpoint, for the manifest.
         options: of the TensorRT builder, see `tensorrt.build`.
         steps: of the longest trajectory that engines are verified on.
         calibration: calls of the denoiser whose inputs an int8 engine is calibrated with.
@@ -106,32 +109,38 @@ def export(
         MissingExtraError: a target's library is not installed.
         NumericError: an engine strays from the float32 component; nothing is written.
     """
-    plan = Plan(source, lanes, sizes or Sizes(), components)
+    plan = Plan(source, lanes, sizes or Sizes(), components, defaults)
     before = existing(folder)
+    if before is not None:
+        _check_origin(before, folder)
     adapters = [(lora.read(path, plan.kind), weight) for path, weight in loras]
     plan.check_loras(adapters)
     for lane in plan.lanes:
-        if (reason := bundle.backend_of(lane.target).available("cpu" if lane.on_cpu else "cuda")) is not None:
+        reason = bundle.backend_of(lane.target).available("cpu" if lane.on_cpu else "cuda", lane.target)
+        if reason is not None:
             raise InputError(f"{lane} is verified on the machine that builds it, and does not run here: {reason}")
     with _temporary(folder, "staging") as staging, _temporary(folder, "work") as work:
+        progress("samplers")
+        manifest = _manifest(plan, name, adapters, arguments or {}, samplers, max_steps, staging)
+        if before is not None:
+            _check_same(before, manifest, folder)
         line = Line(plan, adapters, steps, calibration if plan.quantised else 0, work, progress)
         engines: dict[Lane, list[Engine]] = {lane: [] for lane in plan.lanes}
         for parts in line.stages():
             gc.collect()
             for part in parts:
                 for lane in plan.lanes:
-                    engines[lane].append(_engine(lane, part, staging, options or {}, progress))
+                    engines[lane].append(_engine(lane, part, staging, options or {}, steps, progress))
 
-        progress("samplers")
-        manifest = _manifest(plan, name, adapters, defaults, line.weights, samplers, max_steps, staging)
-        variants = {lane: Variant(*lane, tuple(made)) for lane, made in engines.items()}
-        manifest = replace(manifest, variants=tuple(variants.values()))
+        variants = tuple(Variant(*lane, tuple(made)) for lane, made in engines.items())
+        manifest = replace(manifest, weights=line.weights, variants=variants)
         if before is not None:
-            manifest = _join(before, manifest, folder, staging)
+            manifest = _join(before, manifest, folder, staging, progress)
         manifest = _write(staging, manifest)
-        if plan.whole:
+        joined = {(one.target, one.precision): one for one in manifest.variants}
+        if whole := [lane for lane in plan.lanes if _is_whole(plan, joined[lane])]:
             reports: dict[tuple[str, str], dict[str, Any]] = {}
-            for lane in plan.lanes:
+            for lane in whole:
                 progress(f"{lane}: the whole bundle")
                 kind = "quantised" if lane.precision == "int8" else "lossless"
                 reports[lane] = {"lane": kind, "verification": _end_to_end(staging, lane, line)}
@@ -168,7 +177,7 @@ class Line:
         self.weights: dict[str, str] = {}
         self.latents: list[Any] = []
         self.images: list[Any] = []
-        plain = reference.pipeline(plan.bare, {})
+        plain = reference.pipeline(plan.bare, {}, defaults=plan.defaults)
         self.cases = reference.cases(plain, plan.profile, steps=steps, calibration=calibration)
 
     def stages(self) -> Iterator[list[Part]]:
@@ -243,7 +252,7 @@ class Line:
                     precision = _graph_precision(lane, plan.kind, traced.component)
                     opset = onnx.opset_of(lane.target, traced.component, precision)
                     config = plan.source.config(name)
-                    graphs[key] = _graph(traced, config, ranges, where, precision, opset), precision
+                    graphs[key] = _graph(traced, plan.kind, config, ranges, where, precision, opset), precision
             parts.append(Part(traced.component, ranges, graphs, samples, self.weights[name], calibration))
         return parts
 
@@ -254,12 +263,23 @@ def _graph_key(lane: Lane) -> str:
 
 
 def _graph(
-    traced: Traced, config: Mapping[str, Any], ranges: Mapping[str, Range], folder: Path, precision: str, opset: int
+    traced: Traced,
+    kind: str,
+    config: Mapping[str, Any],
+    ranges: Mapping[str, Range],
+    folder: Path,
+    precision: str,
+    opset: int,
 ) -> onnx.Graph:
     """The component's ONNX file: traced once for an architecture, then filled with the weights of each checkpoint."""
+    module: Any = traced.module
     fields = {
         "target": "graph",
         "component": traced.component,
+        # Families read other layers of the same text encoder.
+        "family": kind,
+        "module": [type(module).__name__, type(module.component).__name__],
+        "encoder": [repr(getattr(module, "encoder", None)), getattr(module, "choices", 1)],
         "precision": precision,
         "profile": ranges,
         "opset": opset,
@@ -322,7 +342,9 @@ def _engine_precision(lane: Lane, graph_precision: str, component: str) -> str:
 # Engines
 
 
-def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], progress: Progress) -> Engine:
+def _engine(
+    lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], steps: int, progress: Progress
+) -> Engine:
     """An engine of the store, built and verified if it is not there, as files of the bundle."""
     graph, written = part.graphs[_graph_key(lane)]
     precision = _engine_precision(lane, written, part.component)
@@ -330,26 +352,38 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
     recipe: dict[str, Any] = dict(options) if lane.target.startswith("tensorrt") else {}
     if calibration:
         recipe["calibration"] = _digest_arrays(calibration)
+    # An engine that was verified on less is built anew.
+    recipe["verification"] = {"samples": len(part.samples), "steps": steps}
+    refits = recipe.get("refit") == "refit"  # fine-tunes share the plan
+    device = "cpu" if lane.on_cpu else "cuda"
     fields = store.fields_for(
         lane.target,
         part.component,
         precision=precision,
         profile=part.ranges,
         graph=_digest_graph(graph),
-        weights=part.weights,
-        device="cpu" if lane.on_cpu else "cuda",
+        weights="refit" if refits else part.weights,
+        device=device,
         options={**recipe, "sources": _sources()},
     )
+
+    def check(main: Path, engine: Engine) -> dict[str, Any]:
+        run = bundle.backend_of(lane.target).load(main, engine, device=device, shared={})
+        try:
+            fed = verify.feed(run, engine.inputs, device)
+            return verify.check_component(part.component, fed, part.samples, precision)
+        except verify.Strayed as error:
+            raise NumericError(f"{error}; {_first_stray(error, graph.path, main, lane, precision)}") from None
 
     def build(folder: Path) -> None:
         progress(f"{part.component}: {lane}")
         started = time.perf_counter()
         needs: Mapping[str, Any] = {}
+        said: dict[str, Any] = {}
         if lane.target == "onnx":
             main = graph.path.name
             for path in _files_of(graph):
                 shutil.copyfile(path, folder / path.name)
-            (folder / WEIGHTS).write_text(json.dumps(_plain(graph.weights)))
         elif lane.target == "openvino":
             made = openvino.build(graph.path, part.ranges, folder, precision=precision, calibration=calibration)
             main, needs = made.path, made.options
@@ -360,17 +394,14 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
                 graph.path, part.ranges, folder, precision=written, rtx=rtx, timing_cache=timings, **options
             )
             main, needs = plan.files[0].name, plan.options
+            said = {"versions": {**versions(), **plan.versions}, "warnings": list(plan.warnings)}
+        if lane.target != "openvino":
+            (folder / WEIGHTS).write_text(json.dumps(_plain(graph.weights)))
         engine = Engine(
             part.component, lane.target, main, precision, graph.inputs, graph.outputs, part.ranges, options=needs
         )
         seconds = time.perf_counter() - started
-        device = "cpu" if lane.on_cpu else "cuda"
-        run = bundle.backend_of(lane.target).load(folder / main, engine, device=device, shared={})
-        try:
-            fed = verify.feed(run, engine.inputs, device)
-            report = verify.check_component(part.component, fed, part.samples, precision)
-        except verify.Strayed as error:
-            raise NumericError(f"{error}; {_first_stray(error, graph.path, folder / main, lane, precision)}") from None
+        report = check(folder / main, engine)
         record = {
             "versions": versions(),
             "machine": fields["machine"],
@@ -378,6 +409,7 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
             "build_seconds": round(seconds, 3),
             "peak_bytes": peak_bytes(),
             "verification": report,
+            **said,
         }
         (folder / ENGINE).write_text(json.dumps(asdict(replace(engine, record=record))))
 
@@ -387,8 +419,15 @@ def _engine(lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], p
     for path in sorted(found.rglob("*")):
         if path.is_file() and path.name != ENGINE:
             _link(path, staging / where / path.relative_to(found))
-    files = {f"{where.as_posix()}/{path}": value for path, value in store.hash_files(staging / where).items()}
     engine = bundle.read_engine(json.loads((found / ENGINE).read_text()))
+    if refits and engine.record["weights"] != part.weights:
+        progress(f"{part.component}: {lane}, new weights in its plan")
+        main = staging / where / engine.path
+        plan = tensorrt.refit(found / engine.path, graph.path, rtx=lane.target == "tensorrt-rtx")
+        store.write_atomically(main, plan)  # a new file: the store's, which this is a name of, stays as it is
+        record = {**engine.record, "weights": part.weights, "verification": check(main, engine)}
+        engine = replace(engine, record=record)
+    files = {f"{where.as_posix()}/{path}": value for path, value in store.hash_files(staging / where).items()}
     return replace(engine, path=f"{where.as_posix()}/{engine.path}", files=files)
 
 
@@ -433,6 +472,17 @@ def existing(folder: Path) -> Manifest | None:
     return None
 
 
+def _check_origin(before: Manifest, folder: Path) -> None:
+    """Refuse to add to, and so to sign, native engines of another machine."""
+    targets = {engine.target for variant in before.variants for engine in variant.engines}
+    native = any(Path(path).suffix.lower() in bundle.NATIVE for path in _all_files(before))
+    if (native or not targets <= {"onnx", "openvino"}) and not bundle._made_here(folder):
+        raise InputError(
+            f"{str(folder)!r} holds native engines that were not built on this machine, which adding to it would vouch "
+            "for: choose another folder"
+        )
+
+
 @contextlib.contextmanager
 def _temporary(folder: Path, purpose: str) -> Iterator[Path]:
     """A folder beside `folder`, gone afterwards if it is still there."""
@@ -448,13 +498,12 @@ def _manifest(
     plan: Plan,
     name: str,
     adapters: Sequence[tuple[lora.Adapter, float]],
-    defaults: Mapping[str, Any] | None,
-    weights: Mapping[str, str],
+    arguments: Mapping[str, Any],
     samplers: Sequence[str] | None,
     max_steps: int,
     staging: Path,
 ) -> Manifest:
-    """The manifest without engines; tokenizers, samplers and licences are written."""
+    """The manifest without engines and weights; tokenizers, samplers and licences are written."""
     tokenizers: dict[str, Any] = {}
     licences: list[Path] = []
     for encoder, tokenizer in zip(plan.family.ENCODERS, plan.meta.tokenizers, strict=True):
@@ -468,9 +517,15 @@ def _manifest(
             _place(path, staging / encoder.tokenizer / path.name)
         around = tokenizer.origin.parent
         licences += [path for pattern in ("LICEN[CS]E*", "NOTICE*", "README.md") for path in around.glob(pattern)]
+        if around.is_relative_to(Path(fastsd.__file__).parent):  # the demo's is that of the package
+            found = metadata.files("fastsd") or []
+            licences += [Path(str(path.locate())) for path in found if path.match("*.dist-info/licenses/*")]
     for path in dict.fromkeys(licences):
         if path.is_file():
             _place(path, staging / "licences" / path.name)
+    if (preset := presets.find(arguments.get("model"))) is not None:
+        (staging / "licences").mkdir(exist_ok=True)
+        (staging / "licences" / "weights.txt").write_text(f"weights of {preset.name}: {preset.licence}\n")
     modules = plan.modules()
     configs = {"denoiser": asdict(plan.meta.denoiser.config), "vae": _some(plan.meta.vae.config, VAE_KEYS)}
     for encoder in plan.encoders:
@@ -478,14 +533,15 @@ def _manifest(
     return Manifest(
         name=name,
         exporter=fastsd.__version__,
-        index=plan.source.index,
+        index={key: value for key, value in plan.source.index.items() if key != "_fastsd"},  # in the defaults
         scheduler=_finite(plan.meta.scheduler),
         configs=json.loads(json.dumps(configs)),
-        defaults=dict(defaults or {}),
+        defaults=plan.defaults | plan.text_default,
         tokenizers=tokenizers,
         samplers=_samplers(plan, samplers, max_steps, staging),
-        weights=weights,
+        weights={},
         loras={adapter.source: weight for adapter, weight in adapters},
+        arguments=dict(arguments),
         files={},
         variants=(),
     )
@@ -519,21 +575,29 @@ def _samplers(plan: Plan, samplers: Sequence[str] | None, max_steps: int, stagin
         raise InputError(f"no tables can be made: {'; '.join(refused)}")
     found: dict[str, Any] = {}
     for name in made.formulas:
-        found[name] = {**_finite(plan.meta.scheduler), **(SIGMAS if name == "flow_euler" else {})}
+        # With the defaults of its class, which are read in the same way where torch runs.
+        resolved = dict(resolve_scheduler(name, plan.meta.scheduler).config)
+        resolved.pop("_use_default_values", None)
+        found[name] = {**_finite(resolved), **(SIGMAS if name == "flow_euler" else {})}
     (staging / "samplers").mkdir()
     for name, compiled in made.tables.items():
-        found[name] = f"samplers/{name}.jsonl.gz"
-        (staging / found[name]).write_bytes(tables.pack(compiled))
+        path = f"samplers/{name}.jsonl.gz"
+        found[name] = {"file": path, "tokens": tokens} if name in made.sized else path
+        (staging / path).write_bytes(tables.pack(compiled))
     return found
 
 
-def _join(before: Manifest, now: Manifest, folder: Path, staging: Path) -> Manifest:
-    """A bundle with new engines beside those that it has; the same component at the same sizes is replaced."""
+def _check_same(before: Manifest, now: Manifest, folder: Path) -> None:
+    """Refuse a bundle of another checkpoint, as far as it shows without the weights."""
     for what in ("index", "scheduler", "configs", "loras"):
         if getattr(before, what) != getattr(now, what):
             raise InputError(
                 f"{str(folder)!r} is a bundle of another checkpoint ({what} differ): choose another folder"
             )
+
+
+def _join(before: Manifest, now: Manifest, folder: Path, staging: Path, progress: Progress) -> Manifest:
+    """A bundle with new engines beside those that it has; the same component at the same sizes is replaced."""
     for component in before.weights.keys() & now.weights.keys():
         if before.weights[component] != now.weights[component]:
             raise InputError(
@@ -544,16 +608,56 @@ def _join(before: Manifest, now: Manifest, folder: Path, staging: Path) -> Manif
         made = {engine.path for engine in one.engines}
         old = variants.get((one.target, one.precision))
         kept = [engine for engine in old.engines if engine.path not in made] if old is not None else []
-        variants[one.target, one.precision] = replace(one, engines=(*kept, *one.engines))
+        record = old.record if old is not None else {}
+        variants[one.target, one.precision] = replace(one, engines=(*kept, *one.engines), record=record)
     files = {path for variant in variants.values() for engine in variant.engines for path in engine.files}
+    tabled = {path for one in before.samplers.values() if (path := _table_file(one)) is not None}
+    kept_files = {path for path in files if not (staging / path).exists()} | tabled
+    store.check_files(folder, {path: _all_files(before)[path] for path in kept_files}, besides=None)
     samplers = {**before.samplers, **now.samplers}
-    files |= {where for where in samplers.values() if isinstance(where, str)}
-    store.check_files(folder, {path: size for path, size in _all_files(before).items() if path in files}, besides=None)
+    for name in before.samplers.keys() & now.samplers.keys():
+        path = _table_file(before.samplers[name])
+        if path is None or _table_file(now.samplers[name]) != path:
+            continue
+        other = before.samplers[name] != now.samplers[name]
+        if other:
+            progress(f"the sampler {name} stays as it was made for another size: export this size to its own folder")
+        if other or _lines(folder / path) > _lines(staging / path):
+            samplers[name] = before.samplers[name]
+            (staging / path).unlink()
+    files |= {path for one in samplers.values() if (path := _table_file(one)) is not None}
     for path in files:
         if not (staging / path).exists():
             _link(folder / path, staging / path)
     weights = {**before.weights, **now.weights}
-    return replace(now, variants=tuple(variants.values()), samplers=samplers, weights=weights)
+    # A call without arguments goes on finding the engines that it found.
+    defaults = {**now.defaults, **before.defaults}
+    joined = tuple(variants.values())
+    return replace(now, variants=joined, samplers=samplers, weights=weights, defaults=defaults)
+
+
+def _table_file(sampler: Any) -> str | None:
+    """The file of a sampler of the manifest; None if it goes by its formula."""
+    return sampler if isinstance(sampler, str) else sampler.get("file")
+
+
+def _lines(path: Path) -> int:
+    """Steps that there are tables for."""
+    return gzip.decompress(path.read_bytes()).count(b"\n") + 1
+
+
+def _is_whole(plan: Plan, variant: Variant) -> bool:
+    """Whether a variant makes images of all sizes of the plan."""
+
+    def holds(engine: Engine) -> bool:
+        clip = plan.clip_tokens if plan.kind == "sd3" and engine.component.startswith("text_encoder") else 0
+        return all(
+            low + clip <= plan.profile[name][0] and plan.profile[name][2] <= high + clip
+            for name, (low, _, high) in engine.profile.items()
+        )
+
+    held = {engine.component for engine in variant.engines if holds(engine)}
+    return set(plan.parts) - {"vae_encoder"} <= held
 
 
 def _all_files(manifest: Manifest) -> dict[str, tuple[int, str]]:
@@ -638,7 +742,8 @@ def _digest_arrays(calls: Sequence[Mapping[str, Any]]) -> str:
 
 def versions() -> dict[str, str]:
     """Of the libraries that make an engine what it is."""
-    names = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
+    names = ["torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf"]
+    names += ["tensorrt", "tensorrt-rtx"]
     found = {"fastsd": fastsd.__version__}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

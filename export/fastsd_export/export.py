@@ -15,12 +15,15 @@ import typer
 from fastsd import lora
 from fastsd.bundle import TARGETS, Manifest, Range
 from fastsd.errors import InputError, MissingExtraError
+from fastsd.files import read_json
 
 if TYPE_CHECKING:
     from fastsd.checkpoint import Source
+    from fastsd.presets import Preset
     from fastsd_export.plan import Lane, Plan
 
 REPOSITORY = "triton-repo"  # a target that is written from another one's bundle, beside it
+SERVED = ("tensorrt", "onnx")  # what it is written from, the first that is exported
 
 
 def export(
@@ -92,13 +95,31 @@ def export(
         raise InputError(f"--quantize {quantize!r} is unknown: use int8")
     if quantize and "openvino" not in targets:
         raise InputError("--quantize int8 is for the target openvino: add it to --to")
+    if calibration != 32 and not quantize:
+        raise InputError("--calibration is for int8: add --quantize int8, or leave it out")
+    native: dict[str, Any] = {
+        **({"level": level} if level != 3 else {}),
+        **({"refit": refit} if refit else {}),
+        **({"weight_streaming": True} if weight_streaming else {}),
+        **({"version_compatible": True} if version_compatible else {}),
+        **({"hardware_compatibility": hardware_compatibility} if hardware_compatibility else {}),
+    }
+    if native and not {"tensorrt", "tensorrt-rtx"} & set(targets):
+        raise InputError(f"--{next(iter(native)).replace('_', '-')} is for TensorRT: add it to --to, or leave it out")
     if output is None and not dry_run:
         raise InputError("no folder is given: say where the bundle goes with -o DIR")
     for name, number in (("max-steps", max_steps), ("verify-steps", verify_steps), ("calibration", calibration)):
         if number < 1:
             raise InputError(f"--{name} must be at least 1, not {number}")
-    if REPOSITORY in targets and len(targets) == 1:
-        raise InputError(f"{REPOSITORY} is written from engines: name their target too, such as --to onnx,{REPOSITORY}")
+    if REPOSITORY in targets and not set(SERVED) & set(targets):
+        raise InputError(
+            f"{REPOSITORY} is written from engines of {' or '.join(SERVED)}: name their target too, such as "
+            f"--to onnx,{REPOSITORY}"
+        )
+    folder = Path(os.path.abspath(os.path.expanduser(output or "")))
+    repository = folder.with_name(f"{folder.name}-triton") if REPOSITORY in targets and not dry_run else None
+    if repository is not None:
+        _check_repository(repository)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -109,20 +130,23 @@ def export(
         raise MissingExtraError(f"an export needs {error.name}: pip install 'fastsd[cpu]' (or [gpu])") from error
 
     lanes = _lanes([target for target in targets if target != REPOSITORY], dtype, quantize)
-    source, defaults = _source(model, revision, variant, weights, config)
+    source, preset = _source(model, revision, variant, weights, config)
+    defaults = {} if preset is None else preset.defaults
+    given = {
+        "model": model,
+        "weights": weights if weights != "checkpoint" else None,
+        "lora": loras or None,
+        "revision": revision,
+        "variant": variant,
+        "config": config,
+    }
     sizes = Sizes(images or (1, 1, 1), guidance=guidance, **ranges)
     chosen = None if components is None else _words(components)
     if dry_run:
-        _show(Plan(source, lanes, sizes, chosen), as_json)
+        plan = Plan(source, lanes, sizes, chosen, defaults)
+        plan.check_loras([(lora.read(path, plan.kind), weight) for path, weight in adapters])
+        _show(plan, as_json)
         return
-    native: dict[str, Any] = {
-        **({"level": level} if level != 3 else {}),
-        **({"refit": refit} if refit else {}),
-        **({"weight_streaming": True} if weight_streaming else {}),
-        **({"version_compatible": True} if version_compatible else {}),
-        **({"hardware_compatibility": hardware_compatibility} if hardware_compatibility else {}),
-    }
-    folder = Path(os.path.abspath(os.path.expanduser(output or "")))
     with _progress() as progress:
         manifest = build.export(
             source,
@@ -135,18 +159,29 @@ def export(
             max_steps=max_steps,
             loras=adapters,
             defaults=defaults,
+            arguments={name: value for name, value in given.items() if value is not None},
             options=native,
             steps=verify_steps,
             calibration=calibration,
             progress=progress,
         )
-    repository = None
-    if REPOSITORY in targets:
+    if repository is not None:
         from fastsd_export import triton_repo
 
-        repository = folder.with_name(f"{folder.name}-triton")
-        triton_repo.write(folder, repository)
+        served = next(lane for target in SERVED for lane in lanes if lane.target == target)
+        triton_repo.write(folder, repository, backend=served.target, precision=served.precision)
     _report(manifest, folder, lanes, repository, as_json)
+
+
+def _check_repository(path: Path) -> None:
+    """Refuse a path where other things are."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    marker = path / "manifest.json"
+    if os.path.lexists(path) and not (marker.is_file() and read_json(marker).get("format") == "fastsd.triton"):
+        raise InputError(
+            f"{str(path)!r}, where the repository goes, is there and is none: move it, or give another folder with -o"
+        )
 
 
 def _words(text: str) -> list[str]:
@@ -179,8 +214,8 @@ def _lanes(targets: list[str], dtype: str, quantize: str | None) -> list[Lane]:
 
 def _source(
     model: str, revision: str | None, variant: str | None, weights: str, config: str | None
-) -> tuple[Source, dict[str, Any]]:
-    """The checkpoint, and its defaults where it is a preset."""
+) -> tuple[Source, Preset | None]:
+    """The checkpoint, and the preset that it is, if it is one."""
     from fastsd import checkpoint, presets, random_weights, single_file
 
     if model.lower().endswith(".safetensors"):
@@ -188,18 +223,17 @@ def _source(
             raise InputError(
                 f"{model!r} is a file: --revision, --variant and --weights are for checkpoints of other kinds"
             )
-        return single_file.source(model, config=config), {}
+        return single_file.source(model, config=config), None
     if config is not None:
         raise InputError(f"--config is for a .safetensors file, and {model!r} is none: leave it out")
     preset = presets.find(model)
-    defaults = dict(preset.defaults) if preset is not None else {}
     if weights == "checkpoint":
-        return checkpoint.source(checkpoint.resolve(model, revision=revision, variant=variant), variant), defaults
+        return checkpoint.source(checkpoint.resolve(model, revision=revision, variant=variant), variant), preset
     if weights != "random":
         raise InputError(f"weights {weights!r} is unknown: use 'checkpoint' or 'random'")
     if preset is None:
         raise InputError(f"weights='random' needs a preset, not {model!r}: use one of {', '.join(presets.PRESETS)}")
-    return random_weights.source(preset), defaults
+    return random_weights.source(preset), preset
 
 
 def _show(plan: Plan, as_json: bool) -> None:
@@ -223,7 +257,11 @@ def _show(plan: Plan, as_json: bool) -> None:
     console.print(table)
     sizes = ", ".join(f"{name} {low}" + f" to {high}" * (high > low) for name, (low, _, high) in plan.profile.items())
     console.print(f"denoiser: {sizes} (latents, both halves of guidance)")
-    console.print(f"{total / 1e9:.2f} GB on the disk, at most {peak / 1e9:.1f} GB of memory while exporting")
+    console.print(f"{total / 1e9:.2f} GB on the disk")
+    console.print(
+        f"at most {peak / 1e9:.1f} GB of memory while exporting: 2.5 times the largest component in float32, the bound "
+        "that exports are held to"
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -78,7 +78,12 @@ class Plan:
     """
 
     def __init__(
-        self, source: Source, lanes: Sequence[Lane], sizes: Sizes, components: Sequence[str] | None = None
+        self,
+        source: Source,
+        lanes: Sequence[Lane],
+        sizes: Sizes,
+        components: Sequence[str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         for lane in lanes:
             if lane.precision not in TARGETS.get(lane.target, ()):
@@ -91,6 +96,8 @@ class Plan:
         self.family: ModuleType = families.family(self.pipeline)
         self.kind = self.family.__name__.rpartition(".")[2]
         self.meta = families.load(source, torch.float32, torch.device("cpu"), only=())
+        # Of a call that leaves them out: the preset's, and before them the checkpoint's own.
+        self.defaults: dict[str, Any] = {**(defaults or {}), **source.index.get("_fastsd", {})}
         self.factor = vae.scale_factor(self.meta.vae)
         # The configurations alone, for pipelines whose components run elsewhere.
         self.bare = replace(
@@ -105,11 +112,11 @@ class Plan:
             if module is not None
         ]
         parts = (*(encoder.name for encoder in self.encoders), "prepare", "denoiser", "vae_decoder", "vae_encoder")
+        self.parts = parts
         self.components = parts if components is None else tuple(components)
         for one in self.components:
             if one not in parts:
                 raise InputError(f"the model has no component {one!r}: it has {', '.join(parts)}")
-        self.whole = set(parts) - {"vae_encoder"} <= set(self.components)  # images can be made
         self.quantised = any(lane.precision == "int8" for lane in self.lanes)
         self.profile = self._profile(sizes)
 
@@ -151,8 +158,17 @@ class Plan:
 
     def _tokens(self) -> int:
         """Of the text that the denoiser reads by default."""
-        t5 = int(self.family.DEFAULTS[self.pipeline].get("max_sequence_length", 0))
+        t5 = (self.family.DEFAULTS[self.pipeline] | self.defaults).get("max_sequence_length", 0)
+        if not isinstance(t5, int):
+            raise InputError(f"the checkpoint's max_sequence_length must be a whole number, not {t5!r}")
         return {"sd3": self.clip_tokens + t5, "flux": t5}.get(self.kind, self.clip_tokens)
+
+    @property
+    def text_default(self) -> dict[str, int]:
+        """`max_sequence_length` that the engines are tuned for, where the family has it."""
+        if self.kind not in ("sd3", "flux"):
+            return {}
+        return {"max_sequence_length": self.profile["tokens"][1] - (self.clip_tokens if self.kind == "sd3" else 0)}
 
     def ranges(self, traced: Traced) -> dict[str, Range]:
         """Of the dimensions that a component has."""

@@ -23,11 +23,13 @@ class Tables(NamedTuple):
         tables: by number of steps, the table or the sentence why there is none.
         formulas: those that go by `flow.flow_euler` of the checkpoint's config, and need no table.
         left_out: the sentence why a sampler is in neither.
+        sized: those whose tables are of one size of the image alone.
     """
 
     tables: dict[str, dict[int, StepTable | str]]
     formulas: list[str]
     left_out: dict[str, str]
+    sized: set[str]
 
 
 def fitting(config: Mapping[str, Any]) -> list[str]:
@@ -59,7 +61,7 @@ def tables(
     trained = config.get("num_train_timesteps", 1000)
     if not isinstance(max_steps, int) or isinstance(max_steps, bool) or not 1 <= max_steps <= trained:
         raise InputError(f"tables are made for 1 to at most {trained} steps (num_train_timesteps), not {max_steps!r}")
-    made = Tables({}, [], {})
+    made = Tables({}, [], {}, set())
     for name in fitting(config) if samplers is None else dict.fromkeys(samplers):
         try:
             scheduler = resolve_scheduler(name, config)
@@ -78,6 +80,8 @@ def tables(
         compiled = {steps: _compile(scheduler, family, steps, tokens or 0) for steps in range(1, max_steps + 1)}
         if any(isinstance(table, StepTable) for table in compiled.values()):
             made.tables[name] = compiled
+            if small != large:
+                made.sized.add(name)
         else:
             made.left_out[name] = str(compiled[max_steps])
     return made

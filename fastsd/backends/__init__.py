@@ -28,7 +28,7 @@ class Functions:
         encode: pixels -> latents, the reverse.
         array: an array, numpy's or torch's, in float32 where the backend computes.
         cast: likewise, in the dtype in which the backend takes the text.
-        admit: raises `InputError` if no engine runs (B, (h, w)); called before anything is computed.
+        admit: raises `InputError` if no engine runs (images, halves of guidance, (h, w)); called before all else.
         synchronize: waits for the device.
     """
 
@@ -39,5 +39,5 @@ class Functions:
     encode: Callable[[Array], Array]
     array: Callable[[Any], Array]
     cast: Callable[[Any], Array]
-    admit: Callable[[int, tuple[int, int]], None]
+    admit: Callable[[int, int, tuple[int, int]], None]
     synchronize: Callable[[], None]

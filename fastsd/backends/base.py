@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastsd import store
 from fastsd.bundle import Engine, TensorSpec
-from fastsd.errors import InputError
+from fastsd.errors import InputError, MissingExtraError
 from fastsd.files import few
 
 Native = TypeVar("Native")
@@ -105,18 +105,18 @@ def cached(
     if shared.get("cache") is None or not 0 < nbytes <= LARGEST:
         return build(None)
     made: list[Native] = []
-    fields = store.fields_for(
-        engine.target,
-        engine.component,
-        precision=engine.precision,
-        profile=engine.profile,
-        graph=engine.files[engine.path][1],
-        weights=" ".join(sorted(digest for _, digest in engine.files.values())),
-        options=options,
-    )
     try:
+        fields = store.fields_for(
+            engine.target,
+            engine.component,
+            precision=engine.precision,
+            profile=engine.profile,
+            graph=engine.files[engine.path][1],
+            weights=" ".join(sorted(digest for _, digest in engine.files.values())),
+            options=options,
+        )
         folder = store.get(fields, lambda folder: made.append(build(folder)), root=shared["cache"])
-    except InputError:
+    except (InputError, MissingExtraError):  # one that was built from source has no version that could be a key
         return made[0] if made else build(None)
     return made[0] if made else read(folder)
 

@@ -54,6 +54,6 @@ def functions(family: ModuleType, components: Components) -> Functions:
         encode=lambda pixels: vae.encode(components.vae, pixels),
         array=array,
         cast=cast,
-        admit=lambda batch, size: None,
+        admit=lambda images, halves, size: None,
         synchronize=synchronize,
     )

@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 
 Run = Callable[..., tuple[Any, ...]]
 
+# Options of the CUDA execution provider that a bundle may set: none that holds an address, a path or the device.
+_PROVIDER = (
+    "arena_extend_strategy",
+    "cudnn_conv1d_pad_to_nc1d",
+    "cudnn_conv_algo_search",
+    "cudnn_conv_use_max_workspace",
+    "enable_skip_layer_norm_strict_mode",
+    "fuse_conv_bias",
+    "gpu_mem_limit",
+    "prefer_nhwc",
+    "sdpa_kernel",
+    "use_tf32",
+)
+
 _ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # onnx.TensorProto.DataType
 
 
@@ -29,8 +43,8 @@ def load(path: Path, engine: Engine, *, device: str, shared: dict[str, Any]) -> 
 
     Args:
         path: the .onnx file.
-        engine: what the manifest says of it. Of its options "provider" (options of the CUDA execution provider) is
-            read.
+        engine: what the manifest says of it. Of its options "provider" (some of those of the CUDA execution provider)
+            is read.
         device: "cpu", "cuda" or "cuda:1".
         shared: what the engines of a pipeline share: "cache" (a folder for optimised graphs, or none), "threads" (on
             the CPU; by default the physical cores that the process may use), and on CUDA the stream.
@@ -44,7 +58,7 @@ def load(path: Path, engine: Engine, *, device: str, shared: dict[str, Any]) -> 
         InputError: the file is no such engine, or does not run here.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    if reason := available(device):
+    if reason := available(device, engine.target):
         raise (InputError if _has_onnxruntime() else MissingExtraError)(reason)
     if device != "cpu":
         return _on_cuda(path, engine, device, shared)
@@ -55,9 +69,9 @@ def load(path: Path, engine: Engine, *, device: str, shared: dict[str, Any]) -> 
     return _on_cpu(path, engine, shared)
 
 
-def available(device: str = "cpu") -> str | None:
+def available(device: str = "cpu", target: str = "onnx") -> str | None:
     """None if ONNX Runtime runs on a device here; else the sentence why not, and what would make it possible."""
-    kind = device.partition(":")[0]
+    kind = "cuda" if device.startswith("cuda:") else device
     if kind not in ("cpu", "cuda"):
         return f"ONNX Runtime runs here on 'cpu' and 'cuda', not on {device!r}: use one of these"
     if not _has_onnxruntime():
@@ -152,6 +166,10 @@ def _refuse_other(session: ort.InferenceSession, path: Path, engine: Engine) -> 
 def _on_cuda(path: Path, engine: Engine, device: str, shared: dict[str, Any]) -> Run:
     import torch
 
+    chosen = engine.options.get("provider", {})
+    if not isinstance(chosen, Mapping) or not chosen.keys() <= set(_PROVIDER):
+        names = few(sorted(set(chosen) - set(_PROVIDER))) if isinstance(chosen, Mapping) else repr(chosen)
+        raise InputError(f"the {engine.component} engine asks for the provider's {names}: use {few(_PROVIDER, 99)}")
     place = torch.device("cuda", torch.device(device).index or 0)
     # One stream, not the default one, which cannot be captured.
     stream, lock = shared.setdefault("onnx", (torch.cuda.Stream(place), threading.Lock()))
@@ -162,7 +180,7 @@ def _on_cuda(path: Path, engine: Engine, device: str, shared: dict[str, Any]) ->
             "user_compute_stream": str(stream.cuda_stream),
             "enable_cuda_graph": str(int(graph)),
             "use_tf32": "0",  # float32 means float32
-            **engine.options.get("provider", {}),
+            **{name: str(value) for name, value in chosen.items()},
         }
         session = _session(path, _options(engine, 1), [("CUDAExecutionProvider", provider), "CPUExecutionProvider"])
         if "CUDAExecutionProvider" not in session.get_providers():

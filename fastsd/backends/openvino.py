@@ -62,7 +62,7 @@ def load(path: Path, engine: Engine, *, device: str, shared: dict[str, Any]) -> 
         InputError: the file is no such engine, or does not run here.
         MissingExtraError: OpenVINO is not installed.
     """
-    if reason := available(device):
+    if reason := available(device, engine.target):
         raise (MissingExtraError if device == "cpu" else InputError)(reason)
     import openvino as ov
 
@@ -125,7 +125,7 @@ def load(path: Path, engine: Engine, *, device: str, shared: dict[str, Any]) -> 
     return run
 
 
-def available(device: str = "cpu") -> str | None:
+def available(device: str = "cpu", target: str = "openvino") -> str | None:
     """None if OpenVINO runs on a device here; else the sentence why not, and what would make it possible."""
     if device != "cpu":
         return f"OpenVINO runs here on the CPU, not on {device!r}: use device='cpu'"

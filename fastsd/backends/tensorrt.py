@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from weakref import WeakSet
@@ -343,6 +343,20 @@ def load(path: Path, engine: Engine, *, device: str, shared: dict[str, Any]) -> 
         return Loaded(trt, path, engine, shared)
 
 
+def _beside(path: Path, engine: Engine, weights: str) -> Path:
+    """The ONNX file with an engine's weights; `InputError` unless it and the files that it names are the engine's."""
+    if engine.files:
+        inside, listed = PurePosixPath(engine.path), set(engine.files)
+    else:  # it was just built, and is in no bundle yet
+        inside, listed = PurePosixPath(path.name), {one.name for one in path.parent.iterdir()}
+    name = (inside.parent / weights).as_posix()
+    if name not in listed:
+        raise InputError(f"the weights {weights!r} are not among the files of the {engine.component} engine: refused")
+    folder = path.parents[len(inside.parts) - 1]
+    store.check_external(folder / name, folder, listed)
+    return folder / name
+
+
 class Loaded:
     """An engine in GPU memory: a function of CUDA tensors by name, whose results are new tensors.
 
@@ -366,7 +380,7 @@ class Loaded:
         if engine.options.get("refit") in STRIPPED:
             self._unfit = "holds no weights: refit it first"
             if weights := engine.options.get("weights"):
-                self.refit_from_onnx(path.parent / weights)
+                self.refit_from_onnx(_beside(path, engine, str(weights)))
         if self._streams_weights:
             self._set_budget()
         self._arena.need = max(self._arena.need, self._plan.device_memory_size_v2)

@@ -35,6 +35,13 @@ REFUSED: dict[str, tuple[str, str]] = {
     "config": ("demo --to onnx -o out --config taken", "--config is for a .safetensors file"),
     "no model": ("nothing/here/at/all --to onnx -o out", "nothing/here/at/all"),
     "lora": ("demo --to onnx -o out --lora missing.safetensors", "missing.safetensors"),
+    "level of nothing": ("demo --to onnx -o out --level 5", "--level is for TensorRT"),
+    "refit of nothing": ("demo --to onnx,openvino -o out --refit strip", "--refit is for TensorRT"),
+    "streaming of nothing": ("demo --to onnx -o out --weight-streaming", "--weight-streaming is for TensorRT"),
+    "calibration of nothing": ("demo --to openvino -o out --calibration 8", "--calibration is for int8"),
+    "dry run with a lost lora": ("demo --to onnx --dry-run --lora missing.safetensors", "missing.safetensors"),
+    "repository of what it cannot serve": ("demo --to openvino,triton-repo -o out", "engines of tensorrt or onnx"),
+    "repository taken": ("demo --to onnx,triton-repo -o taken", "taken-triton', where the repository goes"),
     "no gpu": ("demo --to tensorrt -o out", "does not run here"),
     "repository alone": ("demo --to triton-repo -o out", "name their target too"),
 }
@@ -49,14 +56,15 @@ def _home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refused_in_one_sentence(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
+    for name in ("taken", "taken-triton"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     monkeypatch.chdir(tmp_path)
     arguments, message = REFUSED[case]
     assert cli.main(["export", *arguments.split()]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastsd: ")]
     assert message in lines[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "taken-triton"]
 
 
 def test_a_dry_run_says_what_would_be_built(capsys: pytest.CaptureFixture[str]) -> None:

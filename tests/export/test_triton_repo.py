@@ -202,9 +202,10 @@ def test_a_bad_bundle_is_one_sentence(case: str, bundled: Callable[[str], Path],
     shutil.copytree(bundled("sd"), folder, copy_function=os.link)
     change, message = DAMAGED[case]
     document = json.loads((folder / bundle.MANIFEST).read_text())
+    del document["digest"]
     change(document)
     (folder / bundle.MANIFEST).unlink()
-    (folder / bundle.MANIFEST).write_text(json.dumps(document))
+    (folder / bundle.MANIFEST).write_text(json.dumps({**document, "digest": bundle.digest(document)}))
     with pytest.raises(InputError, match=message) as refusal:
         triton_repo.write(folder, tmp_path / "out")
     assert "\n" not in str(refusal.value)
