@@ -183,6 +183,7 @@ SD15 = {  # the shape of stable-diffusion-v1-5/stable-diffusion-v1-5
     "feature_extractor/preprocessor_config.json": b"{}",
 }
 SD15_SMALL = {
+    "README.md",
     "model_index.json",
     "unet/config.json",
     "vae/config.json",

@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -145,6 +146,7 @@ def write(traced: Traced, ranges: Mapping[str, Range], folder: Path, *, precisio
     _simplify(model)
     del graph.inputs[len(traced.inputs) :]
     made = _fold(graph, parameters)
+    _compute_outputs(graph)
     path = folder / f"{traced.component}.onnx"
     _register(graph, made)
     _declare(graph, traced, static)
@@ -479,6 +481,24 @@ def _register(graph: onnx_ir.Graph, made: Mapping[onnx_ir.Value, Weight]) -> Non
             del graph.initializers[name]
 
 
+def _compute_outputs(graph: onnx_ir.Graph) -> None:
+    """Let a node make each output: one that depends on no input, as positions of a fixed size, was folded away."""
+    import onnx_ir as ir
+
+    for place, value in enumerate(graph.outputs):
+        if value.name is None or graph.initializers.get(value.name) is not value:
+            continue
+        name = value.name
+        assert value.dtype is not None
+        del graph.initializers[name]
+        value.name = f"{name}_constant"
+        graph.register_initializer(value)
+        node = ir.node("Identity", [value])
+        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, value.dtype, value.shape
+        graph.append(node)
+        graph.outputs[place] = node.outputs[0]
+
+
 def _declare(graph: onnx_ir.Graph, traced: Traced, static: Mapping[str, int]) -> None:
     """Give inputs and outputs the names of what varies, and forget what the exporter thought of all between them."""
     import onnx_ir as ir
@@ -487,7 +507,8 @@ def _declare(graph: onnx_ir.Graph, traced: Traced, static: Mapping[str, int]) ->
         assert value.shape is not None and value.name is not None
         shape: list[Any] = list(value.shape)
         for axis, dim in traced.dims.get(value.name, {}).items():
-            shape[axis] = dim if names(dim) - static.keys() else extent(dim, static)
+            left = re.sub(r"[a-z]+", lambda name: str(static.get(name[0], name[0])), dim)
+            shape[axis] = left if names(left) else extent(left, {})
         value.shape = ir.Shape(shape)
     kept = {*graph.inputs, *graph.outputs}
     for node in graph:

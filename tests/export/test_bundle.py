@@ -496,6 +496,24 @@ def test_a_missing_torch_names_the_extra_where_it_is_needed(bundled: Callable[[s
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_with_one_size_and_no_guidance_nothing_varies(
+    family: str, make_checkpoint: Make, export: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Positions are constants then, and every shape of every engine is fixed."""
+    model = make_checkpoint(family)
+    sizes = Sizes(height=(64, 64, 64), width=(64, 64, 64), guidance="off")
+    manifest = export(model, tmp_path / "bundle", (ONNX,), sizes=sizes)
+    specs = [spec for engine in manifest.variants[0].engines for spec in (*engine.inputs, *engine.outputs)]
+    assert all(isinstance(size, int) for spec in specs for size in spec.shape)
+    call: dict[str, Any] = {"seed": 2, "num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "np"}
+    pipe = Pipeline.from_pretrained(tmp_path / "bundle")
+    eager = Pipeline.from_pretrained(model, dtype="float32", device="cpu")
+    ours = pipe("the red cat", **call).images
+    assert np.abs(ours - eager("the red cat", height=64, width=64, **call).images).max() <= 1 / 255  # one level
+
+
+@pytest.mark.full
 def test_a_venv_without_torch_makes_the_image(bundled: Callable[[str], Path], tiny: Path, tmp_path: Path) -> None:
     """Nothing but the core's dependencies and one runtime: what a product ships."""
     import venv
