@@ -213,7 +213,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "variant is no name": (["x", "-m", "{model}", "--variant", "../fp16"], "is not a name"),
     "missing variant": (["x", "-m", "{model}", "--variant", "fp16"], "fp16"),
-    "unknown backend": (["x", "--backend", "magic"], "the backend 'magic' is unknown: use 'auto' or 'eager'"),
+    "unknown backend": (["x", "--backend", "magic"], "the backend 'magic' is unknown: use 'auto', 'eager'"),
     "unknown dtype": (["x", "--dtype", "int3"], "the dtype 'int3' is unknown: use 'auto', 'float32'"),
     "unknown device": (["x", "--device", "abacus"], "the device 'abacus' is unknown: use 'auto', 'cpu'"),
     "unsupported device": (["x", "--device", "meta"], "the device 'meta' is not supported"),

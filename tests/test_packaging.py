@@ -64,4 +64,6 @@ def test_the_wheel_runs_in_a_clean_environment(built: Path, tmp_path: Path) -> N
     assert (version.returncode, version.stdout.strip()) == (0, "0.1.0")
     without_torch = fastsd("generate", "a red circle")
     assert without_torch.returncode == 1
-    assert without_torch.stderr.startswith("fastsd: fastsd.Pipeline needs torch, which is not installed: pip install")
+    assert without_torch.stderr.startswith("fastsd: checkpoints and tensors need torch: pip install 'fastsd[cpu]'")
+    exported = fastsd("export", "demo", "--to", "onnx", "-o", "bundle")
+    assert exported.returncode == 1 and "fastsd: an export needs" in exported.stderr
