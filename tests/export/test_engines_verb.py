@@ -162,7 +162,7 @@ def test_remove(keys: dict[str, str], run: Run, document: Any) -> None:
         (["--stale"], {"denoiser", "prepare", "vae_decoder"}),
         (["--max-gb", "0"], set()),
     ],
-    ids=lambda value: " ".join(value) or "none",
+    ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value) or "none",
 )
 def test_prune(flags: list[str], stays: set[str], keys: dict[str, str], document: Any, home: Path) -> None:
     (home / "engines" / f"{keys['prepare']}.bad").mkdir()
