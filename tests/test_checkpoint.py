@@ -157,7 +157,7 @@ def unplug(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 SD15 = {  # the shape of stable-diffusion-v1-5/stable-diffusion-v1-5
     "model_index.json": index_json("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "README.md": b"",
+    "README.md": b"# A model",
     "v1-5-pruned.ckpt": b"pickle",
     "v1-5-pruned-emaonly.safetensors": TENSORS,
     "unet/config.json": b"{}",
