@@ -496,6 +496,38 @@ def test_a_missing_torch_names_the_extra_where_it_is_needed(bundled: Callable[[s
 
 
 @pytest.mark.full
+def test_a_lora_is_merged(
+    bundled: Callable[[str], Path], tiny: Path, export: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Into the denoiser and the text encoder, each in memory alone; the recipe names it."""
+    import torch
+    from safetensors.torch import save_file
+
+    bundled("sd")  # its graphs are in the store
+    generator = torch.Generator().manual_seed(0)
+    places = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 32,
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": 24,
+    }
+    state = {}
+    for name, width in places.items():
+        state[f"{name}.lora_A.weight"] = torch.randn(2, width, generator=generator)
+        state[f"{name}.lora_B.weight"] = torch.randn(width, 2, generator=generator)
+    path = tmp_path / "style.safetensors"
+    save_file(state, path)
+    export(tiny, tmp_path / "bundle", (ONNX,), loras=[(str(path), 0.7)])
+    pipe = Pipeline.from_pretrained(tmp_path / "bundle")
+    eager = Pipeline.from_pretrained(tiny, dtype="float32", device="cpu")
+    call: dict[str, Any] = {"seed": 2, "num_inference_steps": 3, "output_type": "np"}
+    without = eager("the red cat", **call).images
+    eager.load_lora(path, 0.7)
+    ours = pipe("the red cat", **call)
+    assert np.abs(ours.images - eager("the red cat", **call).images).max() <= 1 / 255  # one level
+    assert np.abs(ours.images - without).max() > 10 / 255
+    assert list(json.loads(ours.recipes[0].to_json())["extra"]["loras"].values()) == [0.7]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_with_one_size_and_no_guidance_nothing_varies(
     family: str, make_checkpoint: Make, export: Callable[..., Any], tmp_path: Path
