@@ -88,7 +88,8 @@ def run_without_torch(folder: Path, backend: str, out: Path, calls: dict[str, di
 def test_without_torch_it_makes_the_images_of_the_checkpoint(
     family: str, backend: str, bundled: Callable[[str], Path], make_checkpoint: Make, tmp_path: Path
 ) -> None:
-    calls = dict(CALLS)
+    # A bundle's own size is that of its engines, not the checkpoint's.
+    calls = {name: {"height": 64, "width": 64, **call} for name, call in CALLS.items()}
     if family == "flux":
         calls = {name: calls[name] for name in ("guided", "batch", "tall")}
     made = run_without_torch(bundled(family), backend, tmp_path / "made.npz", calls)
