@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -40,7 +41,7 @@ import numpy as np
 
 from fastsd import arrays, files, store
 from fastsd.arrays import Array, concatenate
-from fastsd.backends import ROWS, Functions
+from fastsd.backends import ROWS, Engines, Functions
 from fastsd.errors import InputError
 from fastsd.text import Conditioning, Encoding
 
@@ -138,6 +139,11 @@ class Manifest:
     variants: tuple[Variant, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def everything(self) -> dict[str, tuple[int, str]]:
+        """Size and sha256 of all files, those of the engines too."""
+        engines = (engine.files for variant in self.variants for engine in variant.engines)
+        return dict(itertools.chain(self.files.items(), *(one.items() for one in engines)))
+
     def to_json(self) -> str:
         """The text of the file."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -150,17 +156,13 @@ def digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Engines(NamedTuple):
-    """A variant of a bundle, ready to run; `loras` are those in its weights, `sizes` bytes of files by component."""
+class Loaded(NamedTuple):
+    """A bundle as `Pipeline` takes it; of the components there are the configurations alone."""
 
+    components: Components
     name: str
-    target: str
-    precision: str
-    device: str
-    functions: Functions
-    table: Callable[..., StepTable]
-    loras: Mapping[str, float] = {}
-    sizes: Mapping[str, int] = {}
+    defaults: Mapping[str, Any]
+    engines: Engines
 
 
 def is_bundle(model: str | Path) -> bool:
@@ -295,8 +297,8 @@ def load(
     *,
     trust: bool = False,
     serve: Callable[[Engine], Run] | None = None,
-) -> tuple[Components, Mapping[str, Any], Engines]:
-    """A bundle's components (their configurations alone), defaults and engines, each loaded when it is first needed.
+) -> Loaded:
+    """A bundle whose engines are loaded when they are first needed.
 
     Args:
         folder: of the bundle.
@@ -314,13 +316,10 @@ def load(
     from fastsd.families import Components, family
 
     manifest = read(folder)
-    listed = dict(manifest.files)
+    listed = dict(manifest.files) if serve is not None else manifest.everything()
     if serve is None:
         device = "cpu" if device == "cpu:0" else device  # as torch calls it, too
         variant, place = _choose(manifest, folder, backend, precision.removeprefix("torch."), device)
-        for one in manifest.variants:
-            for engine in one.engines:
-                listed |= engine.files
     else:
         variant, place = manifest.variants[0], "cpu"
     store.check_files(folder, listed, checksums=False, besides=(MANIFEST, SIGNATURE))
@@ -357,11 +356,7 @@ def load(
         scheduler=manifest.scheduler,
         index=manifest.index,
     )
-    native = serve is None and any(
-        engine.target not in DATA or any(Path(path).suffix.lower() in NATIVE for path in engine.files)
-        for engine in variant.engines
-    )
-    if native and not trust and not _made_here(folder):
+    if serve is None and any(map(is_native, variant.engines)) and not trust and not made_here(folder):
         raise InputError(
             f"{str(folder)!r} holds native engines that were not built on this machine: export it here, or pass "
             "trust=True (--trust) if you trust who built it"
@@ -373,14 +368,25 @@ def load(
     for engine in variant.engines:
         parts.setdefault(engine.component, {}).update(engine.files)
     sizes = {component: sum(size for size, _ in listed.values()) for component, listed in parts.items()}
-    return (
-        components,
-        manifest.defaults,
-        Engines(manifest.name, variant.target, variant.precision, place, functions, table, manifest.loras, sizes),
+    engines = Engines(
+        target=variant.target,
+        precision=variant.precision,
+        device=place,
+        functions=functions,
+        table=table,
+        loras=manifest.loras,
+        sizes=sizes,
     )
+    return Loaded(components, manifest.name, manifest.defaults, engines)
 
 
-def _made_here(folder: Path) -> bool:
+def is_native(engine: Engine) -> bool:
+    """Whether an engine is code of the machine that built it, not a graph."""
+    return engine.target not in DATA or any(Path(path).suffix.lower() in NATIVE for path in engine.files)
+
+
+def made_here(folder: Path) -> bool:
+    """Whether this machine signed the manifest."""
     try:
         signature = (folder / SIGNATURE).read_text()
         return store.made_here((folder / MANIFEST).read_bytes(), signature)
@@ -436,16 +442,21 @@ class Router:
         self._output = folder if serve is None else "DIR"  # of the command that adds an engine
         self._shared: dict[str, Any] = {"cache": store.home() / "engines"}
         self._loaded: dict[str, Run] = {}
+        self._routes: dict[tuple[Any, ...], tuple[Run, frozenset[str]]] = {}
         self._locks = {engine.path: threading.Lock() for engine in variant.engines}
 
     def route(self, component: str, dims: Mapping[str, int]) -> tuple[Run, frozenset[str]]:
         """The engine of a component for some dimensions, and the names of its inputs; `InputError` if there is none."""
-        engine = self._tightest(component, dims)
-        with self._locks[engine.path]:
-            run = self._loaded.get(engine.path)
-            if run is None:
-                run = self._loaded[engine.path] = self._serve(engine)
-        return run, frozenset(spec.name for spec in engine.inputs)
+        key = (component, *dims.values())  # a component is always asked for with the same dimensions, in every step
+        found = self._routes.get(key)
+        if found is None:
+            engine = self._tightest(component, dims)
+            with self._locks[engine.path]:
+                run = self._loaded.get(engine.path)
+                if run is None:
+                    run = self._loaded[engine.path] = self._serve(engine)
+            found = self._routes[key] = run, frozenset(spec.name for spec in engine.inputs)
+        return found
 
     def admit(self, images: int, halves: int, size: tuple[int, int]) -> None:
         """Raise `InputError` if there is no engine for the images, the halves of guidance and (h, w) of the latents."""

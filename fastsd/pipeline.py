@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -23,7 +22,7 @@ from PIL import Image
 
 from fastsd import arrays, bundle, families, image, lora, text, vae
 from fastsd.arrays import Array
-from fastsd.backends import Functions
+from fastsd.backends import Engines, Functions
 from fastsd.errors import InputError, MissingExtraError, NumericError
 from fastsd.request import Arguments, Request, check, check_size
 from fastsd.sampling.loop import Step, denoise, initial_latents, stack_timesteps
@@ -110,7 +109,7 @@ class Pipeline:
         name: str,
         defaults: Mapping[str, Any] | None = None,
         release_prepare: bool = False,
-        engines: bundle.Engines | None = None,
+        engines: Engines | None = None,
     ) -> None:
         kind = components.index["_class_name"]
         self.family = family = families.family(kind)
@@ -121,32 +120,23 @@ class Pipeline:
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()
         self.tables: dict[Any, StepTable] = {}  # compiled schedulers
-        self._weights = threading.RLock()  # held while a LoRA is merged
-        self._running = 0  # calls and streams that read the weights
-        self._modules: dict[str, Any] = {}  # what a LoRA may change, by the name of its component
-        self._waiting = None
-        self._engines = engines
-        if engines is not None:
-            self.backend: str = engines.target
-            self.functions: Functions = engines.functions
-            self.compile_table: Callable[..., StepTable] = engines.table
-            self.device: Any = engines.device
-            self.dtype: Any = engines.precision
-        else:
-            from fastsd import memory
+        if engines is None:
             from fastsd.backends import eager
 
-            named = zip(family.ENCODERS, components.text_encoders, strict=True)
-            self._modules = {encoder.name: module for encoder, module in named if module is not None}
-            self._modules[family.DENOISER[0]] = components.denoiser
-            if release_prepare:
-                self._waiting = memory.Waiting(components.denoiser)
-            self.backend = "eager"
-            self.functions = eager.functions(family, components)
-            self.compile_table = partial(families.compile_table, components)
-            weight = next(components.denoiser.parameters())
-            self.device, self.dtype = weight.device, weight.dtype
-        self._loras = lora.Loras(self._modules)
+            engines = eager.engines(family, components)
+        self._engines = engines
+        self.backend: str = engines.target
+        self.device, self.dtype = engines.device, engines.precision
+        self.functions: Functions = engines.functions
+        self.compile_table: Callable[..., StepTable] = engines.table
+        self._weights = threading.RLock()  # held while a LoRA is merged
+        self._running = 0  # calls and streams that read the weights
+        self._loras = lora.Loras(engines.modules)
+        self._waiting = None
+        if release_prepare:
+            from fastsd import memory
+
+            self._waiting = memory.Waiting(components.denoiser)
 
     @classmethod
     def from_pretrained(
@@ -189,8 +179,8 @@ class Pipeline:
                 raise InputError(
                     f"{str(model)!r} is a bundle, which has no revision, variant, weights or release_prepare"
                 )
-            components, defaults, engines = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
-            return cls(components, name=engines.name, defaults=defaults, engines=engines)
+            loaded = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
+            return cls(**loaded._asdict())
         on, in_dtype = _place(device, dtype, backend)
         from fastsd import checkpoint, presets, random_weights  # a bundle needs none of these
 
@@ -446,7 +436,7 @@ class Pipeline:
         Raises:
             InputError: it is none, or not for this model, or images are being made; the weights are as they were.
         """
-        if not self._modules:
+        if not self._engines.modules:
             raise InputError(f"{self.name} is a bundle, whose weights are in its engines: export it with --lora")
         kind = self.family.__name__.rpartition(".")[2]
         adapter = lora.read(path_or_id, kind, weight_name=weight_name, revision=revision)
@@ -465,15 +455,15 @@ class Pipeline:
     @property
     def loras(self) -> dict[str, float]:
         """Name -> weight of the LoRAs in the weights."""
-        return self._loras.active if self._engines is None else dict(self._engines.loras)
+        return {**self._engines.loras, **self._loras.active}
 
     def memory(self) -> dict[str, tuple[int, int]]:
         """Bytes of weights by component, and how many of them only `prepare` reads; of a bundle, of its files."""
-        if self._engines is not None:
+        if not self._engines.modules:
             return {name: (size, 0) for name, size in self._engines.sizes.items()}
         from fastsd import memory
 
-        return memory.report({**self._modules, "vae": self.components.vae})
+        return memory.report({**self._engines.modules, "vae": self.components.vae})
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

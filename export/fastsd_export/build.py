@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx as onnx_
 import torch
@@ -50,9 +50,18 @@ CPU = torch.device("cpu")
 # What leaves the range of float16 in the published checkpoints: SDXL's VAE, and T5.
 OVERFLOW = {"sdxl": ("vae_decoder", "vae_encoder"), "sd3": ("text_encoder_3",), "flux": ("text_encoder_2",)}
 ENGINE, GRAPH = "engine.json", "graph.json"  # in the store, beside the files of an engine or a graph: what it is
+ENGINES = "engines"  # folder of a bundle; what belongs to no engine lies in other folders
 WEIGHTS = "weights.json"  # beside an ONNX graph: of which parameters each initialiser is made, and how
 
 Progress = Callable[[str], None]
+
+
+class Written(NamedTuple):
+    """A graph on the disk, its precision and the digest of what it is without its weights."""
+
+    graph: onnx.Graph
+    precision: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Part:
 
     component: str
     ranges: Mapping[str, Range]
-    graphs: Mapping[str, tuple[onnx.Graph, str]]  # with their precision, by what lanes share
+    graphs: Mapping[str, Written]  # by what lanes share
     samples: Sequence[Sample]
     weights: str  # their digest
     calibration: Sequence[Mapping[str, Any]] = ()
@@ -242,7 +251,7 @@ class Line:
             if traced.component not in plan.components:
                 continue
             ranges = plan.ranges(traced)
-            graphs: dict[str, tuple[onnx.Graph, str]] = {}
+            graphs: dict[str, Written] = {}
             for lane in plan.lanes:
                 key = _graph_key(lane)
                 if key not in graphs:
@@ -252,7 +261,7 @@ class Line:
                     precision = _graph_precision(lane, plan.kind, traced.component)
                     opset = onnx.opset_of(lane.target, traced.component, precision)
                     config = plan.source.config(name)
-                    graphs[key] = _graph(traced, plan.kind, config, ranges, where, precision, opset), precision
+                    graphs[key] = _graph(traced, plan.kind, config, ranges, where, precision, opset)
             parts.append(Part(traced.component, ranges, graphs, samples, self.weights[name], calibration))
         return parts
 
@@ -270,7 +279,7 @@ def _graph(
     folder: Path,
     precision: str,
     opset: int,
-) -> onnx.Graph:
+) -> Written:
     """The component's ONNX file: traced once for an architecture, then filled with the weights of each checkpoint."""
     module: Any = traced.module
     fields = {
@@ -310,7 +319,8 @@ def _graph(
         onnx_.save(onnx_.load(path), path)
         data.unlink()
     sides = {side: bundle.read_specs(plain[side]) for side in ("inputs", "outputs")}
-    return onnx.Graph(path=path, weights=weights, opset=plain["opset"], nodes=plain["nodes"], **sides)
+    graph = onnx.Graph(path=path, weights=weights, opset=plain["opset"], nodes=plain["nodes"], **sides)
+    return Written(graph, precision, hashlib.sha256((found / path.name).read_bytes()).hexdigest())
 
 
 def _weight(plain: Mapping[str, Any]) -> onnx.Weight:
@@ -346,7 +356,7 @@ def _engine(
     lane: Lane, part: Part, staging: Path, options: Mapping[str, Any], steps: int, progress: Progress
 ) -> Engine:
     """An engine of the store, built and verified if it is not there, as files of the bundle."""
-    graph, written = part.graphs[_graph_key(lane)]
+    graph, written, graph_digest = part.graphs[_graph_key(lane)]
     precision = _engine_precision(lane, written, part.component)
     calibration = part.calibration if precision == "int8" else ()
     recipe: dict[str, Any] = dict(options) if lane.target.startswith("tensorrt") else {}
@@ -361,7 +371,7 @@ def _engine(
         part.component,
         precision=precision,
         profile=part.ranges,
-        graph=_digest_graph(graph),
+        graph=graph_digest,
         weights="refit" if refits else part.weights,
         device=device,
         options={**recipe, "sources": _sources()},
@@ -415,7 +425,7 @@ def _engine(
 
     found = store.get(fields, build, needed=sum(path.stat().st_size for path in _files_of(graph)))
     tag = "".join(f"-{name[0]}{low}" + f"-{high}" * (high > low) for name, (low, _, high) in part.ranges.items())
-    where = Path("engines", f"{lane.target}-{lane.precision}", f"{part.component}{tag}")
+    where = Path(ENGINES, f"{lane.target}-{lane.precision}", f"{part.component}{tag}")
     for path in sorted(found.rglob("*")):
         if path.is_file() and path.name != ENGINE:
             _link(path, staging / where / path.relative_to(found))
@@ -474,9 +484,8 @@ def existing(folder: Path) -> Manifest | None:
 
 def _check_origin(before: Manifest, folder: Path) -> None:
     """Refuse to add to, and so to sign, native engines of another machine."""
-    targets = {engine.target for variant in before.variants for engine in variant.engines}
-    native = any(Path(path).suffix.lower() in bundle.NATIVE for path in _all_files(before))
-    if (native or not targets <= {"onnx", "openvino"}) and not bundle._made_here(folder):
+    engines = [engine for variant in before.variants for engine in variant.engines]
+    if any(map(bundle.is_native, engines)) and not bundle.made_here(folder):
         raise InputError(
             f"{str(folder)!r} holds native engines that were not built on this machine, which adding to it would vouch "
             "for: choose another folder"
@@ -613,7 +622,7 @@ def _join(before: Manifest, now: Manifest, folder: Path, staging: Path, progress
     files = {path for variant in variants.values() for engine in variant.engines for path in engine.files}
     tabled = {path for one in before.samplers.values() if (path := _table_file(one)) is not None}
     kept_files = {path for path in files if not (staging / path).exists()} | tabled
-    store.check_files(folder, {path: _all_files(before)[path] for path in kept_files}, besides=None)
+    store.check_files(folder, {path: before.everything()[path] for path in kept_files}, besides=None)
     samplers = {**before.samplers, **now.samplers}
     for name in before.samplers.keys() & now.samplers.keys():
         path = _table_file(before.samplers[name])
@@ -660,20 +669,15 @@ def _is_whole(plan: Plan, variant: Variant) -> bool:
     return set(plan.parts) - {"vae_encoder"} <= held
 
 
-def _all_files(manifest: Manifest) -> dict[str, tuple[int, str]]:
-    listed = dict(manifest.files)
-    for variant in manifest.variants:
-        for engine in variant.engines:
-            listed |= engine.files
-    return listed
-
-
 def _write(staging: Path, manifest: Manifest) -> Manifest:
     """Write the manifest, with what belongs to no engine listed in it, and its signature."""
-    engines = {path for variant in manifest.variants for engine in variant.engines for path in engine.files}
-    engines |= {bundle.MANIFEST, bundle.SIGNATURE}
-    found = store.hash_files(staging)
-    manifest = replace(manifest, files={path: value for path, value in found.items() if path not in engines})
+    found = {
+        f"{part.name}/{path}": value
+        for part in staging.iterdir()
+        if part.is_dir() and part.name != ENGINES
+        for path, value in store.hash_files(part).items()
+    }
+    manifest = replace(manifest, files=found)
     text = manifest.to_json()
     store.write_atomically(staging / bundle.MANIFEST, text)
     store.write_atomically(staging / bundle.SIGNATURE, store.sign(text.encode()))
@@ -709,16 +713,6 @@ def digest(module: Any) -> str:
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         hashed.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return hashed.hexdigest()
-
-
-def _digest_graph(graph: onnx.Graph) -> str:
-    """Of the graph without its weights."""
-    bare = graph.path.with_suffix(".bare")
-    onnx.strip(graph.path, graph.weights, bare)
-    try:
-        return hashlib.sha256(bare.read_bytes()).hexdigest()
-    finally:
-        bare.unlink()
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import numpy as np
 
 from fastsd import bundle, families, text
 from fastsd.arrays import to_numpy
+from fastsd.backends import Engines
 from fastsd.errors import InputError
 from fastsd.families import Components
 from fastsd.pipeline import Pipeline, PipelineStep
@@ -188,7 +189,7 @@ def pipeline(
     )
     functions = bundle.compose(module, components, route)
     table = partial(families.compile_table, components)
-    made = bundle.Engines("reference", "eager", "float32", "cpu", functions, table)
+    made = Engines("eager", "float32", "cpu", functions, table)
     return Pipeline(components, name="reference", defaults=defaults, engines=made)
 
 

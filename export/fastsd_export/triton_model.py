@@ -42,8 +42,8 @@ class TritonPythonModel:
         """Read the bundle beside this file; its engines are called by the first request."""
         folder = Path(args["model_repository"], args["model_version"], "bundle")
         try:
-            components, defaults, engines = bundle.load(folder, "auto", "auto", "cpu", serve=serve)
-            self._pipeline = Pipeline(components, name=engines.name, defaults=defaults, engines=engines)
+            loaded = bundle.load(folder, "auto", "auto", "cpu", serve=serve)
+            self._pipeline = Pipeline(**loaded._asdict())
         except (InputError, MissingExtraError) as error:
             raise pb_utils.TritonModelException(str(error)) from None
 

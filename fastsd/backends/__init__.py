@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastsd.arrays import Array
 
 if TYPE_CHECKING:
+    from fastsd.sampling.table import StepTable
     from fastsd.text import Conditioning, Encoding
 
 
@@ -41,3 +42,28 @@ class Functions:
     cast: Callable[[Any], Array]
     admit: Callable[[int, int, tuple[int, int]], None]
     synchronize: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A checkpoint or a bundle, ready to run.
+
+    Attributes:
+        target: of `bundle.TARGETS`, or "eager".
+        precision: torch's dtype, or a bundle's name of it.
+        device: torch's, or its name.
+        functions: what the straight line calls.
+        table: see `families.compile_table`, without its first argument.
+        modules: what a LoRA may change, by the name of its component; a bundle's weights stay as they are.
+        loras: those in the weights of a bundle.
+        sizes: bytes of a bundle's files, by component.
+    """
+
+    target: str
+    precision: Any
+    device: Any
+    functions: Functions
+    table: Callable[..., StepTable]
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    loras: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)

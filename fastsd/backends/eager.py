@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -9,9 +10,24 @@ import torch
 from torch import Tensor
 
 from fastsd import text, vae
-from fastsd.backends import Functions
-from fastsd.families import Components
+from fastsd.backends import Engines, Functions
+from fastsd.families import Components, compile_table
 from fastsd.text import Conditioning, Encoding
+
+
+def engines(family: ModuleType, components: Components) -> Engines:
+    """A checkpoint's modules, as they are."""
+    named = zip((encoder.name for encoder in family.ENCODERS), components.text_encoders, strict=True)
+    modules = {name: module for name, module in named if module is not None}
+    weight = next(components.denoiser.parameters())
+    return Engines(
+        target="eager",
+        precision=weight.dtype,
+        device=weight.device,
+        functions=functions(family, components),
+        table=partial(compile_table, components),
+        modules={**modules, family.DENOISER[0]: components.denoiser},
+    )
 
 
 def functions(family: ModuleType, components: Components) -> Functions:

@@ -163,6 +163,7 @@ def test_fifty_steps_of_every_sampler_are_small(config: dict[str, Any]) -> None:
     for name, each in made.tables.items():
         data = pack(each)
         assert len(each) == 50 and not refused(each), name
-        assert len(data) < 130_000, name  # the largest, DPM-Solver++ SDE, has two model calls a step and draws noise
+        # DPM-Solver++ SDE has two model calls a step and draws two noises that overlap.
+        assert len(data) < (170_000 if name == "dpmpp_sde" else 120_000), name
         for steps in (1, 7, 50):
             assert unpack(data, steps) == each[steps], name
