@@ -32,7 +32,6 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,8 +40,9 @@ import numpy as np
 
 from fastsd import arrays, files, store
 from fastsd.arrays import Array, concatenate
-from fastsd.backends import ROWS, Engines, Functions
+from fastsd.backends import ROWS, Engines, Functions, load_backend
 from fastsd.errors import InputError
+from fastsd.sampling.loop import row_by_row
 from fastsd.text import Conditioning, Encoding
 
 if TYPE_CHECKING:
@@ -409,7 +409,7 @@ def _choose(manifest: Manifest, folder: Path, backend: str, precision: str, devi
             for one in devices:
                 if device == "auto" or device.partition(":")[0] == one:
                     place = one if device == "auto" else device
-                    reason = backend_of(target).available(place, target)
+                    reason = load_backend(target).available(place, target)
                     if reason is None:
                         return variant, place
                     reasons.append(reason)
@@ -419,11 +419,6 @@ def _choose(manifest: Manifest, folder: Path, backend: str, precision: str, devi
     raise InputError(
         f"{str(folder)!r} has {' and '.join(has)}, nothing for {asked}: export that, or ask for what it has"
     )
-
-
-def backend_of(target: str) -> Any:
-    """The module of a target: `load` and `available`."""
-    return import_module(f"fastsd.backends.{target.partition('-')[0]}")
 
 
 class Router:
@@ -471,7 +466,7 @@ class Router:
             graphs.add(engine.path)  # whatever its name: what reads it goes by the content
         for path in sorted(graphs):  # they may name other files
             store.check_external(self._folder / path, self._folder, engine.files)
-        run: Run = backend_of(engine.target).load(
+        run: Run = load_backend(engine.target).load(
             self._folder / engine.path, engine, device=self._device, shared=self._shared
         )
         return run
@@ -624,6 +619,7 @@ def compose(
         read=read,
         prepare=prepare,
         denoise=denoise,
+        sample=row_by_row(denoise),
         decode=lambda latents: one_by_one("vae_decoder", "latents", latents, *latents.shape[2:]),
         encode=lambda pixels: one_by_one(
             "vae_encoder", "pixels", pixels, pixels.shape[1] // factor, pixels.shape[2] // factor

@@ -22,10 +22,10 @@ from PIL import Image
 
 from fastsd import arrays, bundle, families, image, lora, text, vae
 from fastsd.arrays import Array
-from fastsd.backends import Engines, Functions
+from fastsd.backends import MODULES, Engines, Functions, load_backend
 from fastsd.errors import InputError, MissingExtraError, NumericError
 from fastsd.request import Arguments, Request, check, check_size
-from fastsd.sampling.loop import Step, denoise, initial_latents, stack_timesteps
+from fastsd.sampling.loop import Step, initial_latents, stack_timesteps
 from fastsd.sampling.table import StepTable
 from fastsd.text import Conditioning
 
@@ -109,6 +109,7 @@ class Pipeline:
         name: str,
         defaults: Mapping[str, Any] | None = None,
         release_prepare: bool = False,
+        backend: str = "eager",
         engines: Engines | None = None,
     ) -> None:
         kind = components.index["_class_name"]
@@ -120,11 +121,7 @@ class Pipeline:
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()
         self.tables: dict[Any, StepTable] = {}  # compiled schedulers
-        if engines is None:
-            from fastsd.backends import eager
-
-            engines = eager.engines(family, components)
-        self._engines = engines
+        self._engines = engines = engines or load_backend(backend).engines(family, components)
         self.backend: str = engines.target
         self.device, self.dtype = engines.device, engines.precision
         self.functions: Functions = engines.functions
@@ -162,7 +159,7 @@ class Pipeline:
             dtype: "auto" (`device.pick_dtype`), "float32", "float16", "bfloat16" or a torch dtype; of a bundle one of
                 the precisions it was exported in ("int8", too).
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-            backend: "auto", "eager" for a checkpoint, or one of a bundle's targets ("onnx", "openvino", ...).
+            backend: "auto", "eager" or "compile" for a checkpoint, or one of a bundle's targets ("onnx", "aoti", ...).
             weights: "checkpoint", or "random": a preset's architecture with seeded random weights and no download, to
                 measure latency and memory with.
             release_prepare: keep the weights that are read once per image (`memory`) in host memory meanwhile;
@@ -181,7 +178,7 @@ class Pipeline:
                 )
             loaded = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
             return cls(**loaded._asdict())
-        on, in_dtype = _place(device, dtype, backend)
+        on, in_dtype, backend = _place(device, dtype, backend)
         from fastsd import checkpoint, presets, random_weights  # a bundle needs none of these
 
         preset = presets.find(model)
@@ -200,6 +197,7 @@ class Pipeline:
             name=str(model),
             defaults=preset.defaults if preset is not None else None,
             release_prepare=release_prepare,
+            backend=backend,
         )
 
     @classmethod
@@ -227,14 +225,15 @@ class Pipeline:
         Raises:
             InputError: anything about the arguments or the files is not right; the sentence says what would be.
         """
-        on, in_dtype = _place(device, dtype, backend)
+        on, in_dtype, backend = _place(device, dtype, backend)
         from fastsd import single_file
 
         source = single_file.source(path, config=config)
-        return cls(families.load(source, in_dtype, on), name=Path(path).stem, release_prepare=release_prepare)
+        components = families.load(source, in_dtype, on)
+        return cls(components, name=Path(path).stem, release_prepare=release_prepare, backend=backend)
 
     @classmethod
-    def from_diffusers(cls, pipeline: Any) -> Pipeline:
+    def from_diffusers(cls, pipeline: Any, *, backend: str = "auto") -> Pipeline:
         """Adopt a `diffusers` pipeline: its weights are shared, its device and dtype stay.
 
         What is merged here by `load_lora` changes the other's images too, and adapters that are loaded there afterwards
@@ -243,7 +242,8 @@ class Pipeline:
         Raises:
             InputError: its class does not run here, or its weights are not plain (adapters, quantised).
         """
-        return cls(families.adopt(pipeline), name=pipeline.name_or_path or "diffusers")
+        *_, backend = _place(pipeline.device, pipeline.dtype, backend)
+        return cls(families.adopt(pipeline), name=pipeline.name_or_path or "diffusers", backend=backend)
 
     def __call__(
         self,
@@ -317,7 +317,7 @@ class Pipeline:
         timesteps = np.tile(stack_timesteps(request.tables), (1, halves))
         _, height, width = request.noise_shape
         with self._resident() as timings.reload:
-            modulation, *constants = self.functions.prepare(timesteps, conditioning, (height, width))
+            constants = self.functions.prepare(timesteps, conditioning, (height, width))
         if request.latents is not None:
             noise = self.functions.array(request.latents)
         else:
@@ -326,12 +326,10 @@ class Pipeline:
         self.functions.synchronize()
         timings.prepare = time.perf_counter() - started
 
-        def denoiser(model_input: Array, row: int) -> Array:
-            return self.functions.denoise(model_input, modulation[row], *constants)
-
         started = last = time.perf_counter()
         rescale = request.guidance_rescale
-        for step in denoise(denoiser, latents, request.tables, noise=request.noise, guidance_rescale=rescale):
+        rows = self.functions.sample(latents, constants, request.tables, noise=request.noise, guidance_rescale=rescale)
+        for step in rows:
             if step.index == step.total - 1:
                 self.functions.synchronize()
                 self._refuse_overflow(step.latents, "the denoiser", "latents")
@@ -495,17 +493,18 @@ def _torch() -> Any:
     return torch
 
 
-def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -> tuple[torch.device, torch.dtype]:
-    """Where a checkpoint's modules go, and in which dtype."""
+def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -> tuple[torch.device, torch.dtype, str]:
+    """Where a checkpoint's modules go, in which dtype, and what runs them."""
     if backend in bundle.TARGETS:
         raise InputError(
             f"the backend {backend!r} runs bundles: make one with `fastsd export MODEL --to {backend} -o DIR`, "
             "and load DIR"
         )
-    if backend not in ("auto", "eager"):
-        raise InputError(f"the backend {backend!r} is unknown: use 'auto', 'eager' or {', '.join(bundle.TARGETS)}")
+    if backend not in ("auto", *MODULES):
+        known = ", ".join(("auto", *MODULES, *bundle.TARGETS))
+        raise InputError(f"the backend {backend!r} is unknown: use one of {known}")
     _torch()
     from fastsd.device import pick_device, pick_dtype
 
     on = pick_device(device)
-    return on, pick_dtype(dtype, on)
+    return on, pick_dtype(dtype, on), "eager" if backend == "auto" else backend

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastsd import bundle, machine
-from fastsd.backends import base
+from fastsd.backends import base, load_backend
 from fastsd.pipeline import Pipeline
 from fastsd_benchmarks.measure import environment
 
@@ -249,7 +249,7 @@ def against_whole(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         one.name: np.random.default_rng(0).standard_normal([dims.get(str(d), d) for d in one.shape], np.float32)
         for one in spec.inputs
     }
-    run = bundle.backend_of("openvino").load(folder / spec.path, spec, device="cpu", shared={})
+    run = load_backend("openvino").load(folder / spec.path, spec, device="cpu", shared={})
     with tempfile.TemporaryDirectory() as work:
         whole = whole_unet(name, Path(work), size)
         calls = {"denoiser": lambda: run(**arrays), "whole": whole}

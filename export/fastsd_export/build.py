@@ -33,6 +33,7 @@ import torch
 
 import fastsd
 from fastsd import bundle, families, lora, presets, store
+from fastsd.backends import load_backend
 from fastsd.bundle import Engine, Manifest, Range, Variant
 from fastsd.checkpoint import Source
 from fastsd.errors import InputError, NumericError
@@ -125,7 +126,7 @@ def export(
     adapters = [(lora.read(path, plan.kind), weight) for path, weight in loras]
     plan.check_loras(adapters)
     for lane in plan.lanes:
-        reason = bundle.backend_of(lane.target).available("cpu" if lane.on_cpu else "cuda", lane.target)
+        reason = load_backend(lane.target).available("cpu" if lane.on_cpu else "cuda", lane.target)
         if reason is not None:
             raise InputError(f"{lane} is verified on the machine that builds it, and does not run here: {reason}")
     with _temporary(folder, "staging") as staging, _temporary(folder, "work") as work:
@@ -378,7 +379,7 @@ def _engine(
     )
 
     def check(main: Path, engine: Engine) -> dict[str, Any]:
-        run = bundle.backend_of(lane.target).load(main, engine, device=device, shared={})
+        run = load_backend(lane.target).load(main, engine, device=device, shared={})
         try:
             fed = verify.feed(run, engine.inputs, device)
             return verify.check_component(part.component, fed, part.samples, precision)

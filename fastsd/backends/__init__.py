@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastsd.arrays import Array
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastsd.sampling.loop import Step
     from fastsd.sampling.table import StepTable
     from fastsd.text import Conditioning, Encoding
 
 
 ROWS = 64  # rows that `prepare` computes at a time: a row has the same bits in a run of 4 steps and in one of 50
+MODULES = ("eager", "compile")  # those that run the modules of a checkpoint; all others run bundles
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Functions:
         prepare: (timesteps [steps, B], conditioning, (h, w) of the latents) -> modulation [steps, B, M], and whatever
             else the denoiser takes.
         denoise: (latents [B, C, h, w], a row [B, M] of the modulation, the rest of `prepare`) -> prediction, float32.
+        sample: (latents, what `prepare` gave, tables, noise=, guidance_rescale=) -> the rows' steps, as
+            `sampling.loop.denoise` yields them.
         decode: latents [batch, C, h, w] -> pixels [batch, height, width, 3] in 0..1, float32.
         encode: pixels -> latents, the reverse.
         array: an array, numpy's or torch's, in float32 where the backend computes.
@@ -36,6 +43,7 @@ class Functions:
     read: Callable[[int, list[list[int]], int | None], Encoding]
     prepare: Callable[[Array, Conditioning, tuple[int, int]], tuple[Array, ...]]
     denoise: Callable[..., Array]
+    sample: Callable[..., Iterator[Step]]
     decode: Callable[[Array], Array]
     encode: Callable[[Array], Array]
     array: Callable[[Any], Array]
@@ -67,3 +75,8 @@ class Engines:
     modules: Mapping[str, Any] = field(default_factory=dict)
     loras: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+def load_backend(target: str) -> Any:
+    """The module of a backend; "tensorrt-rtx" is TensorRT's."""
+    return import_module(f"fastsd.backends.{target.partition('-')[0]}")

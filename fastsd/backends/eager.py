@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsd import text, vae
 from fastsd.backends import Engines, Functions
 from fastsd.families import Components, compile_table
+from fastsd.sampling.loop import row_by_row
 from fastsd.text import Conditioning, Encoding
 
 
@@ -66,6 +67,7 @@ def functions(family: ModuleType, components: Components) -> Functions:
         read=read,
         prepare=prepare,
         denoise=denoise,
+        sample=row_by_row(denoise),
         decode=lambda latents: vae.decode(components.vae, latents),
         encode=lambda pixels: vae.encode(components.vae, pixels),
         array=array,

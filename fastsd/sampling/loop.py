@@ -97,6 +97,18 @@ def denoise(
     return _run(denoiser, latents, list(tables), list(noise), guidance_rescale)
 
 
+def row_by_row(denoiser: Callable[..., Array]) -> Callable[..., Iterator[Step]]:
+    """`denoise` of (latents, constants, tables, ...), with a denoiser of (latents, a row of the first, the others)."""
+
+    def sample(
+        latents: Array, constants: Sequence[Array], tables: Sequence[StepTable], **arguments: Any
+    ) -> Iterator[Step]:
+        rows, *others = constants
+        return denoise(lambda given, row: denoiser(given, rows[row], *others), latents, tables, **arguments)
+
+    return sample
+
+
 def _run(
     denoiser: Denoiser, latents: Array, tables: list[StepTable], noise: list[Noise], guidance_rescale: float
 ) -> Iterator[Step]:
