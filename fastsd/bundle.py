@@ -1,5 +1,7 @@
 """A bundle: a folder of engines with a manifest, all that a product needs to make images without torch.
 
+Engines of the target "aoti" run on torch alone, and their weights lie beside them, in files that they share.
+
 `manifest.json`, version 1:
     format, version     "fastsd.bundle", 1
     name                what was exported, as the user named it
@@ -13,7 +15,8 @@
                         flow Euler, which goes by its formula (`sampling.flow`)
     weights             by component, the digest of the weights it was made of; `loras`: what was merged into them
     files               size and sha256 of every file that belongs to no engine
-    variants            one for each target and precision: its engines (`Engine`) and its verification end to end
+    variants            one for each target and precision: its engines (`Engine`) and its verification end to end; the
+                        engines of one component of the checkpoint may list the same file, such as its weights
     arguments           of the `fastsd export` that makes engines of the same checkpoint
     digest              sha256 of all of the above as canonical JSON
 A path is relative to the folder. What is listed is checked against its size and sha256 before it is used; what is not
@@ -30,7 +33,7 @@ import math
 import shlex
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,7 +41,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastsd import arrays, files, store
+from fastsd import arrays, files, integrity, store
 from fastsd.arrays import Array, concatenate
 from fastsd.backends import ROWS, Engines, Functions, load_backend
 from fastsd.errors import InputError
@@ -52,13 +55,15 @@ if TYPE_CHECKING:
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 FORMAT, VERSION = "fastsd.bundle", 1
 
-# Targets, the likeliest to be the fastest first, with the devices that they run on.
+# Targets with the devices that they run on; of those that share a device the likeliest to be the fastest first.
 TARGETS = {
     "tensorrt": ("cuda",),
     "tensorrt-rtx": ("cuda",),
     "openvino": ("cpu",),
+    "aoti": ("cuda", "cpu"),
     "onnx": ("cuda", "cpu"),
 }
+TENSORS = ("aoti",)  # targets that compute on torch tensors, on the CPU too, where all others take numpy arrays
 DATA = ("onnx", "openvino")  # targets whose engines are graphs; all others are code of the machine that built it
 NATIVE = (".plan", ".engine", ".pt2", ".so")  # and so is a file of these suffixes
 
@@ -319,11 +324,11 @@ def load(
     listed = dict(manifest.files) if serve is not None else manifest.everything()
     if serve is None:
         device = "cpu" if device == "cpu:0" else device  # as torch calls it, too
-        variant, place = _choose(manifest, folder, backend, precision.removeprefix("torch."), device)
+        variant, place = choose(manifest, folder, backend, precision.removeprefix("torch."), device)
     else:
         variant, place = manifest.variants[0], "cpu"
-    store.check_files(folder, listed, checksums=False, besides=(MANIFEST, SIGNATURE))
-    store.check_files(folder, manifest.files, besides=None)
+    integrity.check_files(folder, listed, checksums=False, besides=(MANIFEST, SIGNATURE))
+    integrity.check_files(folder, manifest.files, besides=None)
     module = family(str(manifest.index.get("_class_name")))
     encoders = [encoder.name for encoder in module.ENCODERS if encoder.name in manifest.configs]
     has = {engine.component for engine in variant.engines}
@@ -362,22 +367,61 @@ def load(
             "trust=True (--trust) if you trust who built it"
         )
     router = Router(folder, manifest, variant, place, serve)
-    functions = compose(module, components, router.route, router.admit, place)
+    tensors = serve is None and variant.target in TENSORS
+    functions = compose(module, components, router.route, router.admit, place, tensors=tensors)
     table = functools.partial(_table, folder, manifest, components)
-    parts: dict[str, dict[str, tuple[int, str]]] = {}  # a file that two engines share counts once
-    for engine in variant.engines:
-        parts.setdefault(engine.component, {}).update(engine.files)
-    sizes = {component: sum(size for size, _ in listed.values()) for component, listed in parts.items()}
     engines = Engines(
         target=variant.target,
         precision=variant.precision,
         device=place,
         functions=functions,
         table=table,
+        modules=_modules(module, variant, router) if serve is None else {},
         loras=manifest.loras,
-        sizes=sizes,
+        sizes=_sizes(variant),
     )
     return Loaded(components, manifest.name, manifest.defaults, engines)
+
+
+def _sizes(variant: Variant) -> dict[str, int]:
+    """Bytes of the files of each component; one that several share counts as that of the one which reads most of it."""
+    sizes, seen = dict.fromkeys((engine.component for engine in variant.engines), 0), set[str]()
+    order = ("denoiser", "vae_decoder")
+    for engine in sorted(variant.engines, key=lambda engine: engine.component not in order):
+        sizes[engine.component] += sum(size for path, (size, _) in engine.files.items() if path not in seen)
+        seen |= engine.files.keys()
+    return sizes
+
+
+def _modules(family: ModuleType, variant: Variant, router: Router) -> Mapping[str, Any]:
+    """The weights that lie beside the engines and that a LoRA may change, by component of the checkpoint."""
+    if variant.target not in TENSORS:
+        return {}
+    known = {*(encoder.name for encoder in family.ENCODERS), family.DENOISER[0]}
+    named = {Path(str(engine.options.get("weights"))).stem: engine for engine in variant.engines}
+    return _Lazy(
+        {
+            name: functools.partial(router.weights, engine)
+            for name, engine in named.items()
+            if name in known and engine.options.get("weights") in engine.files
+        }
+    )
+
+
+class _Lazy(Mapping[str, Any]):
+    """Values that are made when they are asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Any:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 def is_native(engine: Engine) -> bool:
@@ -394,25 +438,27 @@ def made_here(folder: Path) -> bool:
         return False
 
 
-def _choose(manifest: Manifest, folder: Path, backend: str, precision: str, device: str) -> tuple[Variant, str]:
+def choose(manifest: Manifest, folder: Path, backend: str, precision: str, device: str) -> tuple[Variant, str]:
     """The variant to run, and the device; an `InputError` says what there is, and why it does not run here."""
     has = [f"{variant.target} in {variant.precision}" for variant in manifest.variants]
     reasons = []
-    for target, devices in TARGETS.items():
+    for kind, target in ((kind, target) for kind in ("cuda", "cpu") for target in TARGETS if kind in TARGETS[target]):
         for variant in manifest.variants:
             if (
                 variant.target != target
                 or backend not in ("auto", target)
                 or precision not in ("auto", variant.precision)
+                or device.partition(":")[0] not in ("auto", kind)
             ):
                 continue
-            for one in devices:
-                if device == "auto" or device.partition(":")[0] == one:
-                    place = one if device == "auto" else device
-                    reason = load_backend(target).available(place, target)
-                    if reason is None:
-                        return variant, place
-                    reasons.append(reason)
+            place = kind if device == "auto" else device
+            try:
+                reason = load_backend(target).available(place, target)
+            except Exception as error:  # whatever a broken library raises when it is imported
+                reason = f"{target} does not load ({type(error).__name__}: {files.one_line(error)}): install it again"
+            if reason is None:
+                return variant, place
+            reasons.append(reason)
     if reasons:
         raise InputError(f"{str(folder)!r} has {' and '.join(has)}, which do not run here: {'; '.join(reasons)}")
     asked = " ".join(word for word in (backend, precision, device) if word != "auto")
@@ -439,6 +485,7 @@ class Router:
         self._loaded: dict[str, Run] = {}
         self._routes: dict[tuple[Any, ...], tuple[Run, frozenset[str]]] = {}
         self._locks = {engine.path: threading.Lock() for engine in variant.engines}
+        self._checked: set[str] = set()  # files whose sha256 was that of the manifest
 
     def route(self, component: str, dims: Mapping[str, int]) -> tuple[Run, frozenset[str]]:
         """The engine of a component for some dimensions, and the names of its inputs; `InputError` if there is none."""
@@ -459,13 +506,24 @@ class Router:
         for component in ("prepare", "denoiser", "vae_decoder"):
             self._tightest(component, dims, halves)
 
+    def weights(self, engine: Engine) -> Any:
+        """The file of an engine's weights as a module, the one whose tensors the engines read."""
+        path = str(engine.options["weights"])
+        self._check({path: engine.files[path]})
+        return load_backend(engine.target).weights(self._folder / path, engine, self._device, self._shared)
+
+    def _check(self, files: Mapping[str, tuple[int, str]]) -> None:
+        unchecked = {path: value for path, value in files.items() if path not in self._checked}
+        integrity.check_files(self._folder, unchecked, besides=None)
+        self._checked |= unchecked.keys()
+
     def _load(self, engine: Engine) -> Run:
-        store.check_files(self._folder, engine.files, besides=None)
+        self._check(engine.files)
         graphs = {path for path in engine.files if path.lower().endswith(".onnx")}
         if engine.target in DATA and not (engine.target == "openvino" and engine.path.endswith(".xml")):
             graphs.add(engine.path)  # whatever its name: what reads it goes by the content
         for path in sorted(graphs):  # they may name other files
-            store.check_external(self._folder / path, self._folder, engine.files)
+            integrity.check_external(self._folder / path, self._folder, engine.files)
         run: Run = load_backend(engine.target).load(
             self._folder / engine.path, engine, device=self._device, shared=self._shared
         )
@@ -544,6 +602,8 @@ def compose(
     route: Callable[[str, Mapping[str, int]], tuple[Run, frozenset[str]]],
     admit: Callable[[int, int, tuple[int, int]], None] = lambda images, halves, size: None,
     device: str = "cpu",
+    *,
+    tensors: bool = False,
 ) -> Functions:
     """The functions of the straight line out of one function for each component.
 
@@ -553,17 +613,19 @@ def compose(
         route: (component, its dimensions) -> what runs it, and the names of its inputs.
         admit: see `Functions`.
         device: "cpu" (numpy arrays) or a CUDA device (torch tensors).
+        tensors: torch tensors on the CPU too.
     """
+    in_numpy = device == "cpu" and not tensors
 
     def array(values: Any) -> Array:
-        if device == "cpu":
+        if in_numpy:
             return np.ascontiguousarray(arrays.to_numpy(values) if arrays.is_array(values) else values, np.float32)
         import torch
 
         return torch.as_tensor(values).to(device, torch.float32)
 
     def integers(values: Any) -> Array:
-        if device == "cpu":
+        if in_numpy:
             return np.array(values, np.int64)
         import torch
 
@@ -600,26 +662,33 @@ def compose(
         batch, _, height, width = latents.shape
         run, _ = route("denoiser", {"batch": batch, "tokens": context.shape[1], "height": height, "width": width})
         named = dict(zip(("position",), position, strict=False))
-        prediction: Array = run(latents=latents, modulation=modulation, context=context, **named)[0]
+        prediction: Array = run(latents=array(latents), modulation=modulation, context=context, **named)[0]
         return prediction
 
     def one_by_one(component: str, name: str, values: Array, height: int, width: int) -> Array:
         run, _ = route(component, {"height": height, "width": width})
         return concatenate([run(**{name: values[i : i + 1]})[0] for i in range(len(values))])
 
+    sample = row_by_row(denoise)
+    if tensors and device != "cpu":  # a graph can capture packages, which work on the caller's stream
+        import torch
+
+        from fastsd.sampling.graph import Cuda, Graphs, sampler
+
+        sample = sampler(denoise, Graphs(Cuda(torch.device(device))))
     factor = _factor(components.vae.config.block_out_channels)
 
     def synchronize() -> None:
         if device != "cpu":
             import torch
 
-            torch.cuda.synchronize(device)
+            torch.cuda.current_stream(device).synchronize()  # not the device, on which a graph may be being captured
 
     return Functions(
         read=read,
         prepare=prepare,
         denoise=denoise,
-        sample=row_by_row(denoise),
+        sample=sample,
         decode=lambda latents: one_by_one("vae_decoder", "latents", latents, *latents.shape[2:]),
         encode=lambda pixels: one_by_one(
             "vae_encoder", "pixels", pixels, pixels.shape[1] // factor, pixels.shape[2] // factor

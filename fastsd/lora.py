@@ -648,7 +648,7 @@ class Loras:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = dict(modules)
+        self._modules = modules  # not copied: a bundle's read their weights when they are asked for
         self._entries: dict[str, _Entry] = {}
         self._originals: dict[Place, Tensor] = {}
 
@@ -656,6 +656,11 @@ class Loras:
     def active(self) -> dict[str, float]:
         """Name -> weight, in the order of loading."""
         return {name: entry.weight for name, entry in self._entries.items()}
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """What each was read from (file, folder or hub id) -> weight, in the order of loading."""
+        return {entry.adapter.source: entry.weight for entry in self._entries.values()}
 
     def key(self, component: str | None = None) -> tuple[tuple[str, float], ...]:
         """What the weights (of one component) depend on besides the checkpoint: digest and weight of each adapter."""

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import numpy as np
 from PIL import Image
 
-from fastsd import arrays, bundle, families, image, lora, text, vae
+from fastsd import arrays, bundle, explain, families, image, lora, text, vae
 from fastsd.arrays import Array
 from fastsd.backends import MODULES, Engines, Functions, load_backend
 from fastsd.errors import InputError, MissingExtraError, NumericError
+from fastsd.explain import Explanation
 from fastsd.request import Arguments, Request, check, check_size
 from fastsd.sampling.loop import Step, initial_latents, stack_timesteps
 from fastsd.sampling.table import StepTable
@@ -46,6 +47,7 @@ class Timings:
     steps: list[float] = field(default_factory=list)  # one per row of the table; on a GPU, of its launch
     reload: float = 0.0  # of `prepare`: bringing back the weights that only it reads, if they were released
     text_cache_hits: int = 0  # texts that no encoder had to read, as it had read them before
+    compilations: int = 0  # of graphs, by the backend "compile": none where `Pipeline.warmup` was given what is asked
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,22 @@ class Pipeline:
         release_prepare: bool = False,
         backend: str = "eager",
         engines: Engines | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         kind = components.index["_class_name"]
         self.family = family = families.family(kind)
         self.components = components
         self.name = name
+        self.origin = dict(origin or {})  # arguments of the `fastsd export` of the same model; of a bundle its folder
         # Where a call leaves them out. A few-step checkpoint brings its own, so that it is not run for 50 steps.
         self.defaults = {**family.DEFAULTS[kind], **(defaults or {}), **components.index.get("_fastsd", {})}
         self.factor = vae.scale_factor(components.vae)  # pixels per latent
         self.encodings = text.Cache()
         self.tables: dict[Any, StepTable] = {}  # compiled schedulers
-        self._engines = engines = engines or load_backend(backend).engines(family, components)
+        if engines is None:
+            chosen = explain.pick(family, components).backend if backend == "auto" else backend
+            engines = load_backend(chosen).engines(family, components)
+        self._engines = engines
         self.backend: str = engines.target
         self.device, self.dtype = engines.device, engines.precision
         self.functions: Functions = engines.functions
@@ -177,8 +184,8 @@ class Pipeline:
                     f"{str(model)!r} is a bundle, which has no revision, variant, weights or release_prepare"
                 )
             loaded = bundle.load(Path(model), backend, str(dtype), str(device), trust=trust)
-            return cls(**loaded._asdict())
-        on, in_dtype, backend = _place(device, dtype, backend)
+            return cls(**loaded._asdict(), origin={"model": str(Path(model).absolute()), "trust": trust})
+        on, in_dtype = _place(device, dtype, backend)
         from fastsd import checkpoint, presets, random_weights  # a bundle needs none of these
 
         preset = presets.find(model)
@@ -198,6 +205,12 @@ class Pipeline:
             defaults=preset.defaults if preset is not None else None,
             release_prepare=release_prepare,
             backend=backend,
+            origin={
+                "model": str(model),
+                "revision": revision,
+                "variant": variant,
+                "weights": None if weights == "checkpoint" else weights,
+            },
         )
 
     @classmethod
@@ -225,12 +238,17 @@ class Pipeline:
         Raises:
             InputError: anything about the arguments or the files is not right; the sentence says what would be.
         """
-        on, in_dtype, backend = _place(device, dtype, backend)
+        on, in_dtype = _place(device, dtype, backend)
         from fastsd import single_file
 
         source = single_file.source(path, config=config)
-        components = families.load(source, in_dtype, on)
-        return cls(components, name=Path(path).stem, release_prepare=release_prepare, backend=backend)
+        return cls(
+            families.load(source, in_dtype, on),
+            name=Path(path).stem,
+            release_prepare=release_prepare,
+            backend=backend,
+            origin={"model": str(path), "config": config},
+        )
 
     @classmethod
     def from_diffusers(cls, pipeline: Any, *, backend: str = "auto") -> Pipeline:
@@ -242,8 +260,9 @@ class Pipeline:
         Raises:
             InputError: its class does not run here, or its weights are not plain (adapters, quantised).
         """
-        *_, backend = _place(pipeline.device, pipeline.dtype, backend)
-        return cls(families.adopt(pipeline), name=pipeline.name_or_path or "diffusers", backend=backend)
+        _place(pipeline.device, pipeline.dtype, backend)
+        name = pipeline.name_or_path
+        return cls(families.adopt(pipeline), name=name or "diffusers", backend=backend, origin={"model": name})
 
     def __call__(
         self,
@@ -268,7 +287,7 @@ class Pipeline:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise InputError(f"output_type {output_type!r} is unknown: use 'pil', 'np', 'pt' or 'latent'")
         request = check(self, prompt, **arguments)
-        timings = Timings()
+        timings, compilations = Timings(), self._engines.compilations()
         for step in self._run(request, timings):
             if on_step is not None:
                 on_step(PipelineStep(step, self))
@@ -283,7 +302,51 @@ class Pipeline:
         if output_type == "pt" and isinstance(images, np.ndarray):
             images = _torch().from_numpy(images)
         timings.decode = time.perf_counter() - started
+        timings.compilations = self._engines.compilations() - compilations
         return Result(images, request.seeds, timings, request.recipes)
+
+    def warmup(self, sizes: Sequence[tuple[int, int]] | None = None, batches: Sequence[int] = (1,)) -> int:
+        """Compile, capture and load now what calls of these sizes and batches need, and keep what was compiled.
+
+        It makes images of two steps. On a GPU one of every combination; on a CPU, where what is compiled differs only
+        from a batch of 1 to a larger one and beyond some size, of the extremes, and of all where these differ.
+
+        Args:
+            sizes: (height, width) in pixels; None: the model's own.
+            batches: images of a call.
+
+        Returns:
+            How many graphs were compiled.
+
+        Raises:
+            InputError: a size or a batch is not right, or the model cannot be compiled.
+        """
+        if not batches or (sizes is not None and not sizes):
+            raise InputError("there is nothing to warm up: give at least one size and one batch")
+        ordered = [(None, None)] if sizes is None else sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
+        counts = sorted(set(batches))
+        compilations = self._engines.compilations
+
+        def run(size: tuple[int | None, int | None], batch: int) -> int:
+            before = compilations()
+            self([""] * batch, height=size[0], width=size[1], num_inference_steps=2, seed=0)
+            return compilations() - before
+
+        before = compilations()
+        every = [(size, batch) for batch in counts for size in ordered]
+        larger = next((batch for batch in counts if batch > 1), counts[-1])
+        corners = [(size, batch) for batch in (counts[0], larger, counts[-1]) for size in (ordered[0], ordered[-1])]
+        corners = list(dict.fromkeys(corners))
+        on_gpu = str(self.device).startswith("cuda")
+        compiled = {one: run(*one) for one in (every if on_gpu else corners)}
+        differ = any(compiled[size, batch] for size, batch in corners if size != ordered[0] or batch > larger)
+        if differ and not on_gpu:
+            for one in every:
+                if one not in compiled:
+                    run(*one)
+        if compilations() > before:
+            self._engines.keep()
+        return compilations() - before
 
     def stream(
         self, prompt: str | Sequence[str] | None = None, **arguments: Unpack[Arguments]
@@ -332,7 +395,7 @@ class Pipeline:
         for step in rows:
             if step.index == step.total - 1:
                 self.functions.synchronize()
-                self._refuse_overflow(step.latents, "the denoiser", "latents")
+                self._refuse_overflow(all(step.finite()), "the denoiser", "latents")
             now = time.perf_counter()
             timings.steps.append(now - last)
             timings.denoise = now - started
@@ -361,7 +424,7 @@ class Pipeline:
 
         def join(parts: Sequence[Array]) -> Array:
             joined = arrays.concatenate([self.functions.cast(part) for part in parts])
-            self._refuse_overflow(joined, "the text encoder", "hidden states")
+            self._refuse_overflow(arrays.all_finite(joined), "the text encoder", "hidden states")
             return joined
 
         times = 2 if guided else 1
@@ -387,7 +450,7 @@ class Pipeline:
         if latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape:
             raise InputError(f"latents are {list(latents.shape)}; they must be [batch, {channels}, height, width]")
         pixels = self.functions.decode(self.functions.array(latents))
-        self._refuse_overflow(pixels, "the VAE", "image")
+        self._refuse_overflow(arrays.all_finite(pixels), "the VAE", "image")
         return pixels
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | Array) -> Array:
@@ -407,7 +470,7 @@ class Pipeline:
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise InputError("pixels must be finite and from 0 to 1")
         latents = self.functions.encode(self.functions.array(pixels))
-        self._refuse_overflow(latents, "the VAE", "latents")
+        self._refuse_overflow(arrays.all_finite(latents), "the VAE", "latents")
         return latents
 
     def load_lora(
@@ -455,9 +518,16 @@ class Pipeline:
         """Name -> weight of the LoRAs in the weights."""
         return {**self._engines.loras, **self._loras.active}
 
+    def explain(self) -> Explanation:
+        """Which backends can run this model here, why the others cannot, what would change that, and what "auto" picks.
+
+        Print it, or read its rows; nothing is loaded for it.
+        """
+        return explain.of_pipeline(self, self._loras.sources)
+
     def memory(self) -> dict[str, tuple[int, int]]:
         """Bytes of weights by component, and how many of them only `prepare` reads; of a bundle, of its files."""
-        if not self._engines.modules:
+        if self._engines.sizes:
             return {name: (size, 0) for name, size in self._engines.sizes.items()}
         from fastsd import memory
 
@@ -478,8 +548,8 @@ class Pipeline:
         """All weights of the denoiser are on the device inside; gives the seconds that this took."""
         return nullcontext(0.0) if self._waiting is None else self._waiting.resident()
 
-    def _refuse_overflow(self, values: Array, component: str, what: str) -> None:
-        if not arrays.all_finite(values):
+    def _refuse_overflow(self, finite: bool, component: str, what: str) -> None:
+        if not finite:
             exact = str(self.dtype).endswith("float32")
             better = "check the checkpoint's weights" if exact else "use dtype='float32'"
             raise NumericError(f"{component} produced NaN or Inf in the {what} in {self.dtype}: {better}")
@@ -493,8 +563,8 @@ def _torch() -> Any:
     return torch
 
 
-def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -> tuple[torch.device, torch.dtype, str]:
-    """Where a checkpoint's modules go, in which dtype, and what runs them."""
+def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -> tuple[torch.device, torch.dtype]:
+    """Where a checkpoint's modules go and in which dtype, if the backend can run them there."""
     if backend in bundle.TARGETS:
         raise InputError(
             f"the backend {backend!r} runs bundles: make one with `fastsd export MODEL --to {backend} -o DIR`, "
@@ -507,4 +577,6 @@ def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -
     from fastsd.device import pick_device, pick_dtype
 
     on = pick_device(device)
-    return on, pick_dtype(dtype, on), "eager" if backend == "auto" else backend
+    if backend != "auto":  # before the weights are read
+        explain.require(backend, str(on))
+    return on, pick_dtype(dtype, on)

@@ -19,6 +19,8 @@ from fastsd.arrays import Array
 from fastsd.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from fastsd.tokenizer import Tokenizer
 
 LongPrompt = Literal["cut", "windows"]
@@ -126,19 +128,25 @@ def read(encoder: Encoder, module: Any, ids: Sequence[Sequence[int]], clip_skip:
     """
     import torch
 
-    tokens = torch.tensor(ids, device=module.device)
+    return states(encoder, module, torch.tensor(ids, device=module.device), clip_skip)
+
+
+def states(encoder: Encoder, module: Any, tokens: torch.Tensor, clip_skip: int | None = None) -> Encoding:
+    """`read` of token ids [windows, length] on the encoder's device; no value of theirs is looked at."""
+    import torch
+
     with torch.inference_mode():
         if not encoder.is_clip:
             return Encoding(module(tokens).last_hidden_state, None)
         deeper = encoder.layer < -1 or clip_skip is not None
         output = module(tokens, output_hidden_states=deeper)
         pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
-        states = output.last_hidden_state
+        hidden = output.last_hidden_state
         if deeper:
-            states = output.hidden_states[encoder.layer - (clip_skip or 0)]
+            hidden = output.hidden_states[encoder.layer - (clip_skip or 0)]
             if encoder.layer == -1:  # Stable Diffusion 1 and 2 norm the layer that is read, as if it were the last
-                states = getattr(module, "text_model", module).final_layer_norm(states)
-    return Encoding(states.reshape(1, -1, states.shape[-1]), pooled[:1])
+                hidden = getattr(module, "text_model", module).final_layer_norm(hidden)
+    return Encoding(hidden.reshape(1, -1, hidden.shape[-1]), pooled[:1])
 
 
 class Cache:

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from fastsd import protobuf
 from fastsd.errors import InputError
 from fastsd.files import one_line, read_json
 
@@ -371,13 +372,13 @@ class _SentencePiece(NamedTuple):
 def _read_sentencepiece(path: Path) -> _SentencePiece:
     try:
         pieces, trainer, normalizer = [], None, None
-        for number, value in _fields(path.read_bytes()):
+        for number, value in protobuf.values(path.read_bytes()):
             if number == 1:
                 pieces.append(_piece(value))
             elif number == 2:
-                trainer = dict(_fields(value))
+                trainer = dict(protobuf.values(value))
             elif number == 3:
-                normalizer = dict(_fields(value))
+                normalizer = dict(protobuf.values(value))
         if trainer is None or normalizer is None:
             raise ValueError("it ends too early")
         charsmap = _checked_charsmap(normalizer.get(2, b""))
@@ -394,42 +395,8 @@ def _read_sentencepiece(path: Path) -> _SentencePiece:
 
 
 def _piece(message: Any) -> tuple[str, float, int]:
-    fields = dict(_fields(message))
+    fields = dict(protobuf.values(message))
     return fields[1].decode(), struct.unpack("<f", fields.get(2, bytes(4)))[0], fields.get(3, 1)
-
-
-def _fields(message: Any) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a protobuf message's fields: int for variable-length integers, bytes for all else."""
-    at, end = 0, len(message)
-    while at < end:
-        key, at = _varint(message, at)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == 0:
-            value, at = _varint(message, at)
-            yield number, value
-            continue
-        if wire_type == 2:
-            size, at = _varint(message, at)
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire_type}")
-        if at + size > end:
-            raise ValueError(f"{at + size - end} bytes are missing")
-        yield number, message[at : at + size]
-        at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The variable-length integer that starts at `at`, and where it ends."""
-    if message[at] < 0x80:  # nearly always, and there are 130,000 in T5's file
-        return message[at], at + 1
-    value = 0
-    for i in range(at, min(at + 10, len(message))):
-        value |= (message[i] & 0x7F) << 7 * (i - at)
-        if message[i] < 0x80:
-            return value, i + 1
-    raise ValueError("a number has no end")
 
 
 def _serialized_charsmap(serialized: Mapping[str, Any]) -> bytes:

@@ -80,6 +80,7 @@ def test_several_prompts_and_images_as_json(tiny: Path, capsys: pytest.CaptureFi
         "steps",
         "reload",
         "text_cache_hits",
+        "compilations",
     }
 
 
@@ -213,7 +214,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "variant is no name": (["x", "-m", "{model}", "--variant", "../fp16"], "is not a name"),
     "missing variant": (["x", "-m", "{model}", "--variant", "fp16"], "fp16"),
-    "unknown backend": (["x", "--backend", "magic"], "the backend 'magic' is unknown: use 'auto', 'eager'"),
+    "unknown backend": (["x", "--backend", "magic"], "the backend 'magic' is unknown: use one of auto, eager, compile"),
     "unknown dtype": (["x", "--dtype", "int3"], "the dtype 'int3' is unknown: use 'auto', 'float32'"),
     "unknown device": (["x", "--device", "abacus"], "the device 'abacus' is unknown: use 'auto', 'cpu'"),
     "unsupported device": (["x", "--device", "meta"], "the device 'meta' is not supported"),

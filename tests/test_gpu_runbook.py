@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastsd_benchmarks import gpu, kernels
+from fastsd_benchmarks import cells, gpu, kernels
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,9 @@ def test_every_step_runs_and_is_right(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_what_was_never_measured_comes_first() -> None:
     all_ = names({})
-    assert all_[:2] == ["environment", "ceilings"] and len(all_) == 2 + len(kernels.CASES) + len(gpu.MODELS)
+    assert all_[:2] == ["environment", "ceilings"] and len(all_) == 2 + len(kernels.CASES) + 2 * len(gpu.MODELS) + len(
+        cells.ways()
+    )
     known = {name: {"at": f"2026-01-{2 + i:02}"} for i, name in enumerate(all_[2:5])}
     assert names(known) == [*all_[:2], *all_[5:], *all_[2:5]]
     known[all_[2]]["at"] = "2026-02-01"

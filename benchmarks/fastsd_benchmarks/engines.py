@@ -1,12 +1,13 @@
-"""Engines beside `diffusers`, on the CPU: `python -m fastsd_benchmarks.engines demo --bundle DIR`.
+"""Backends beside `diffusers`, on the CPU: `python -m fastsd_benchmarks.engines demo --bundle DIR`.
 
     demo   128 x 128, 20 steps: a call and a cold process, the images' distance from float32,
            and what the images show of 400 captions
-    sd15   512 x 512, 3 steps, random weights: a bundle of `fastsd export sd15 --weights random --guidance on
-           --to onnx,openvino --quantize int8 -o DIR`; a call and a step, and the same UNet exported whole
+    sd15   512 x 512, 3 steps, random weights; with a bundle of `fastsd export sd15 --weights random --guidance on
+           --to onnx,openvino,aoti --quantize int8 -o DIR` also its engines, and the same UNet exported whole
 
-All run in turns in one process, so that a busy machine slows all alike; ratios are medians of each round's ratio, with
-the interval that holds 95 % of the medians of rounds drawn anew (bootstrap).
+`--lanes` chooses some of them, as all together take 25 GB of memory for sd15. All run in turns in one process, so that
+a busy machine slows all alike; ratios are medians of each round's ratio, with the interval that holds 95 % of the
+medians of rounds drawn anew (bootstrap). The peer is the faster of `diffusers` in bfloat16 in its two memory layouts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,27 @@ MODELS: dict[str, dict[str, Any]] = {
     "demo": {"prompt": "a red circle on a blue background", "steps": 20, "scheduler": "dpmpp_2m", "size": 128},
     "sd15": {"prompt": "a photograph of a cat", "steps": 3, "scheduler": "dpmpp_2m", "size": 512},
 }
-LANES = (("onnx", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"))
-PEER = "diffusers bfloat16"
+PEERS = ("diffusers float32", "diffusers bfloat16", "diffusers bfloat16 NCHW", "diffusers bfloat16 compiled")
+MODULES = ("eager bfloat16", "compile bfloat16")
+ENGINES = ("aoti bfloat16", "onnx float32", "openvino float32", "openvino bfloat16", "openvino int8")
 SEED = 7
 
 Call = Callable[[], tuple[np.ndarray[Any, Any], float]]  # pixels, seconds of a step
 
 
-def lanes(folder: Path) -> list[tuple[str, str]]:
-    """Those of `LANES` that the bundle has."""
-    has = {(one.target, one.precision) for one in bundle.read(folder).variants}
-    return [lane for lane in LANES if lane in has]
+def lanes(folder: Path | None) -> list[str]:
+    """Those of `ENGINES` that the bundle has."""
+    has = {f"{one.target} {one.precision}" for one in bundle.read(folder).variants} if folder else ()
+    return [lane for lane in ENGINES if lane in has]
 
 
-def engines(folder: Path, model: Mapping[str, Any]) -> dict[str, Call]:
-    """A call of each variant of the bundle."""
-    calls: dict[str, Call] = {}
-    for target, precision in lanes(folder):
-        pipe = Pipeline.from_pretrained(folder, backend=target, dtype=precision, device="cpu")
-        calls[f"{target} {precision}"] = _ours(pipe, model)
-    return calls
+def opened(name: str, folder: Path | None, lane: str) -> Pipeline:
+    """The pipeline of a lane of ours."""
+    target, precision = lane.split()
+    if lane in MODULES:
+        weights = "checkpoint" if name == "demo" else "random"
+        return Pipeline.from_pretrained(name, backend=target, dtype=precision, device="cpu", weights=weights)
+    return Pipeline.from_pretrained(str(folder), backend=target, dtype=precision, device="cpu")
 
 
 def _ours(pipe: Pipeline, model: Mapping[str, Any]) -> Call:
@@ -66,6 +68,8 @@ def _ours(pipe: Pipeline, model: Mapping[str, Any]) -> Call:
             seed=SEED,
             num_inference_steps=model["steps"],
             scheduler=model["scheduler"],
+            height=model["size"],
+            width=model["size"],
             output_type="np",
         )
         return result.images, statistics.median(result.timings.steps)
@@ -73,21 +77,28 @@ def _ours(pipe: Pipeline, model: Mapping[str, Any]) -> Call:
     return call
 
 
-def peer(name: str, model: Mapping[str, Any], dtype: torch.dtype, guidance_scale: float) -> Call:
-    """`diffusers` on the same weights, seed and sampler, with its memory layout that is the faster here."""
+def peer(name: str, model: Mapping[str, Any], lane: str) -> Call:
+    """`diffusers` on the same weights, seed and sampler: channels last unless the lane says NCHW."""
     import diffusers
 
     from fastsd import checkpoint, presets, random_weights
+    from fastsd.families import sd
     from fastsd.text import windows
 
+    dtype = torch.float32 if "float32" in lane else torch.bfloat16
+    defaults = {**sd.DEFAULTS["StableDiffusionPipeline"], **presets.PRESETS[name].defaults}
     if name == "demo":
         folder = checkpoint.resolve(name)
+        defaults |= checkpoint.source(folder).index.get("_fastsd", {})
         pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
         tokenizer = checkpoint.source(folder).tokenizer("tokenizer")
     else:
         pipeline = _random(name, dtype)
         tokenizer = random_weights.source(presets.PRESETS[name]).tokenizer("tokenizer")
-    pipeline.unet.to(memory_format=torch.channels_last)
+    if not lane.endswith("NCHW"):
+        pipeline.unet.to(memory_format=torch.channels_last)
+    if lane.endswith("compiled"):
+        pipeline.unet = torch.compile(pipeline.unet, fullgraph=True)
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -106,7 +117,7 @@ def peer(name: str, model: Mapping[str, Any], dtype: torch.dtype, guidance_scale
             prompt_embeds=prompt,
             negative_prompt_embeds=negative,
             num_inference_steps=model["steps"],
-            guidance_scale=guidance_scale,
+            guidance_scale=defaults["guidance_scale"],
             generator=torch.Generator().manual_seed(SEED),
             height=model["size"],
             width=model["size"],
@@ -196,39 +207,41 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+def compare(name: str, folder: Path | None, rounds: int, chosen: Sequence[str]) -> dict[str, Any]:
     """All in turns: a call and a step of each, and the distance of its image from that of float32."""
     model = MODELS[name]
-    ours = engines(folder, model)
-    guidance = float(Pipeline.from_pretrained(folder, backend="onnx").defaults["guidance_scale"])
-    calls = {PEER: peer(name, model, torch.bfloat16, guidance), **ours}
-    reference, _ = ours["onnx float32"]()
-    distances = {one: _distance(reference, call()[0]) for one, call in calls.items()}  # the warm-up as well
-    seconds: dict[str, list[float]] = {one: [] for one in calls}
-    steps: dict[str, list[float]] = {one: [] for one in calls}
+    reference = peer(name, model, "diffusers float32")()[0]
+    gc.collect()
+    calls = {lane: peer(name, model, lane) for lane in PEERS if lane in chosen}
+    calls |= {lane: _ours(opened(name, folder, lane), model) for lane in chosen if lane not in PEERS}
+    rows: list[dict[str, Any]] = []
+    for lane, call in calls.items():  # the warm-up as well
+        started = time.perf_counter()
+        images = call()[0]
+        rows.append({"name": lane, "first_seconds": time.perf_counter() - started, **_distance(reference, images)})
+    seconds: dict[str, list[float]] = {lane: [] for lane in calls}
+    steps: dict[str, list[float]] = {lane: [] for lane in calls}
     for _ in range(rounds):
-        for one, call in calls.items():
+        for lane, call in calls.items():
             started = time.perf_counter()
-            steps[one].append(call()[1])
-            seconds[one].append(time.perf_counter() - started)
-    rows = []
-    for one in calls:
-        ratios = [a / b for a, b in zip(steps[one], steps[PEER], strict=True)]
-        rows.append(
-            {
-                "name": one,
-                "seconds": statistics.median(seconds[one]),
-                "step_ms": 1000 * statistics.median(steps[one]),
-                "step_ratio": statistics.median(ratios),
-                "step_ratio_interval": interval(ratios),
-                **distances[one],
-            }
-        )
-    quantised = [a / b for a, b in zip(steps["openvino int8"], steps["openvino bfloat16"], strict=True)]
-    return {
-        "rows": rows,
-        "int8 / bfloat16": {"median": statistics.median(quantised), "interval": interval(quantised)},
-    }
+            steps[lane].append(call()[1])
+            seconds[lane].append(time.perf_counter() - started)
+    median = {lane: statistics.median(values) for lane, values in steps.items()}
+    best = min((lane for lane in PEERS[1:3] if lane in calls), key=lambda lane: median[lane])
+
+    def ratio(lane: str, other: str) -> dict[str, Any]:
+        ratios = [a / b for a, b in zip(steps[lane], steps[other], strict=True)]
+        return {"median": statistics.median(ratios), "interval": interval(ratios)}
+
+    for row in rows:
+        lane = row["name"]
+        compared = ratio(lane, best)
+        row |= {"seconds": statistics.median(seconds[lane]), "step_ms": 1000 * median[lane]}
+        row |= {"step_ratio": compared["median"], "step_ratio_interval": compared["interval"]}
+    report: dict[str, Any] = {"rows": rows, "peer": best}
+    if {"openvino int8", "openvino bfloat16"} <= calls.keys():
+        report["int8 / bfloat16"] = ratio("openvino int8", "openvino bfloat16")
+    return report
 
 
 def _distance(reference: np.ndarray[Any, Any], images: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -272,31 +285,40 @@ def against_whole(name: str, folder: Path, rounds: int) -> dict[str, Any]:
 COLD = """
 import sys
 import fastsd
-folder, backend, dtype, out = sys.argv[1:]
-pipe = fastsd.Pipeline.from_pretrained(folder, backend=backend, dtype=dtype)
-result = pipe({prompt!r}, seed=7, num_inference_steps={steps}, scheduler={scheduler!r})
+folder, backend, dtype, weights, out = sys.argv[1:]
+pipe = fastsd.Pipeline.from_pretrained(folder, backend=backend, dtype=dtype, weights=weights)
+result = pipe(
+    {prompt!r}, seed=7, num_inference_steps={steps}, scheduler={scheduler!r}, height={size}, width={size}
+)
 result.save(out, overwrite=True)
 """
 
 
-def cold_starts(folder: Path, repeats: int) -> dict[str, float]:
-    """Median seconds of a process from its start to the saved image, for the demo: by variant, and from torch."""
-    ways = {f"{target} {precision}": (str(folder), target, precision) for target, precision in lanes(folder)}
-    ways["torch float32"] = ("demo", "eager", "float32")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    code = COLD.format(**{key: MODELS["demo"][key] for key in ("prompt", "steps", "scheduler")})
+def cold_starts(name: str, folder: Path, repeats: int, chosen: Sequence[str]) -> dict[str, float]:
+    """Median seconds of a process from its start to the saved image, by lane, with whatever caches it keeps warm."""
+    model = MODELS[name]
+    ways: dict[str, tuple[str, ...]] = {}
+    for lane in [lane for lane in chosen if lane not in PEERS] + ["eager float32"]:
+        random = "random" if name != "demo" and lane not in lanes(folder) else "checkpoint"
+        ways[lane] = (str(folder) if lane in lanes(folder) else name, *lane.split(), random)
+    seconds: dict[str, list[float]] = {lane: [] for lane in ways}
     with tempfile.TemporaryDirectory() as work:
         for turn in range(repeats + 1):
-            for name, arguments in ways.items():
+            for lane, arguments in ways.items():
                 started = time.perf_counter()
+                code = COLD.format(**model)
                 subprocess.run([sys.executable, "-c", code, *arguments, f"{work}/image.png"], check=True)
                 if turn:  # the first fills the caches, which a machine has after one run
-                    seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                    seconds[lane].append(time.perf_counter() - started)
+    return {lane: statistics.median(values) for lane, values in seconds.items()}
 
 
-def shown(folder: Path, captions: int) -> dict[str, dict[str, float]]:
-    """What the demo's images show of as many captions, by variant: the same prompts and seeds for all."""
+def shown(folder: Path, captions: int, chosen: Sequence[str]) -> dict[str, Any]:
+    """What the demo's images show of as many captions, by lane: the same prompts and seeds for all.
+
+    Beside the shares of what is right, the difference from float32 in percentage points of all that is judged, with the
+    interval that holds 95 % of the differences of captions drawn anew.
+    """
     from fastsd.demo import evaluate, world
 
     scenes = [
@@ -306,14 +328,25 @@ def shown(folder: Path, captions: int) -> dict[str, dict[str, float]]:
     ]
     rng = np.random.default_rng(SEED)
     prompts = [world.caption(scene, rng) for scene in scenes]
-    scores = {}
-    for target, precision in lanes(folder):
-        pipe = Pipeline.from_pretrained(folder, backend=target, dtype=precision)
+    scores: dict[str, Any] = {}
+    right: dict[str, Any] = {}
+    for lane in ["eager float32", *(lane for lane in chosen if lane not in PEERS)]:
+        target, precision = lane.split()
+        where = str(folder) if lane in lanes(folder) else "demo"
+        pipe = Pipeline.from_pretrained(where, backend=target, dtype=precision, device="cpu")
         images = []
         for i, prompt in enumerate(prompts):
             result = pipe(prompt, seed=i, num_inference_steps=20, scheduler="dpmpp_2m")
             images.append(np.asarray(result.images[0]))
-        scores[f"{target} {precision}"] = evaluate.score(scenes, images)
+        each = [evaluate.score([scene], [image]) for scene, image in zip(scenes, images, strict=True)]
+        right[lane] = np.array([np.mean([value for value in one.values() if np.isfinite(value)]) for one in each])
+        differences = 100 * (right[lane] - right["eager float32"])
+        drawn = np.random.default_rng(0).choice(differences, (2000, len(differences))).mean(1)
+        scores[lane] = {
+            **evaluate.score(scenes, images),
+            "points": float(differences.mean()),
+            "points_interval": [float(value) for value in np.quantile(drawn, [0.025, 0.975])],
+        }
     return scores
 
 
@@ -321,32 +354,45 @@ def main() -> None:
     """Measure, print a table, and with `--json FILE` write the document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--bundle", type=Path, required=True, help="a folder that `fastsd export` made")
+    parser.add_argument("--bundle", type=Path, help="a folder that `fastsd export` made")
+    parser.add_argument("--lanes", help=f"some of: {', '.join((*PEERS, *MODULES, *ENGINES))}; by default all there are")
+    parser.add_argument("--size", type=int, help="pixels on a side")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cold", type=int, default=0, help="processes of each lane that are timed from their start")
     parser.add_argument("--captions", type=int, default=400, help="of the demo, that its images are judged by")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    here = [*PEERS, *MODULES, *lanes(args.bundle)]
+    chosen = [lane.strip() for lane in args.lanes.split(",")] if args.lanes else here
+    if unknown := [lane for lane in chosen if lane not in here]:
+        parser.error(f"there is no {', '.join(unknown)}: use {', '.join(here)}")
+    if not set(PEERS[1:3]) & set(chosen):
+        parser.error(f"--lanes needs one of {' and '.join(PEERS[1:3])}, beside which the others are measured")
+    MODELS[args.model]["size"] = args.size or MODELS[args.model]["size"]
     report: dict[str, Any] = {
         "model": args.model,
         **MODELS[args.model],
         "environment": environment(torch.device("cpu")),
         "machine": machine.describe("cpu"),
-        **compare(args.model, args.bundle, args.rounds),
+        **compare(args.model, args.bundle, args.rounds, chosen),
     }
     gc.collect()
-    report["denoiser / whole UNet"] = against_whole(args.model, args.bundle, args.rounds)
-    if args.model == "demo":
-        report["cold_start_seconds"] = cold_starts(args.bundle, args.rounds)
-        report["shown"] = shown(args.bundle, args.captions)
+    if "openvino bfloat16" in chosen:
+        report["denoiser / whole UNet"] = against_whole(args.model, args.bundle, args.rounds)
+    if args.cold:
+        report["cold_start_seconds"] = cold_starts(args.model, args.bundle, args.cold, chosen)
+    if args.model == "demo" and args.captions:
+        report["shown"] = shown(args.bundle, args.captions, chosen)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     console = Console()
     table = Table(title=f"{args.model}, {report['size']} x {report['size']}, {report['steps']} steps", box=None)
-    for heading in ("", "s a call", "ms a step", "of the peer's step", "interval", "PSNR dB", "SSIM"):
+    for heading in ("", "first call s", "s a call", "ms a step", "of the peer's step", "interval", "PSNR dB", "SSIM"):
         table.add_column(heading, justify="right")
     for row in report["rows"]:
         low, high = row["step_ratio_interval"]
         numbers = (
+            f"{row['first_seconds']:.3g}",
             f"{row['seconds']:.3g}",
             f"{row['step_ms']:.4g}",
             f"{row['step_ratio']:.2f}",

@@ -2,9 +2,10 @@
 
 Steps: what the machine is, what it can do, every kernel at every real shape (right first, then its time and its
 peers'), then whole models with random weights: right against their own float32, then their speed beside the denoiser
-of `diffusers`. Each finished step is written to the results file at once: a call that runs out of time, or is killed,
-loses one step at most, and the next call goes on. What was never measured comes first, then what was measured longest
-ago. Without CUDA it is a dry run: every step at tiny size on the CPU, and nothing is measured.
+of `diffusers`; then the captured step, against the loop that is not; then whole images by every way of running them.
+Each finished step is written to the results file at once: a call that runs out of time, or is killed, loses one step
+at most, and the next call goes on. What was never measured comes first, then what was measured longest ago. Without
+CUDA it is a dry run: every step at tiny size on the CPU, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from fastsd.pipeline import Pipeline, Timings
 from fastsd.presets import PRESETS, Preset
 from fastsd.request import check
 from fastsd.text import Conditioning
-from fastsd_benchmarks import kernels
+from fastsd_benchmarks import cells, kernels, replays
 from fastsd_benchmarks.measure import ceilings, environment, medians
 from fastsd_benchmarks.narrow import narrow
+from fastsd_benchmarks.replays import PROMPT, relative
 
 RESULTS = Path(__file__).parents[1] / "results"  # of a clone
 # Preset -> steps of the timed run.
@@ -48,7 +50,6 @@ MODELS = {
     "flux-dev": 20,
     "sd35-large": 20,
 }
-PROMPT = "a red circle on a blue background"
 
 
 class Step(NamedTuple):
@@ -74,6 +75,11 @@ def steps(device: torch.device, dtype: torch.dtype, known: Mapping[str, Any], *,
     all_ = [Step("environment", surroundings), Step("ceilings", limits)]
     all_ += [Step(f"kernel/{case.op}/{case.name}", partial(kernel, case)) for case in kernels.CASES]
     all_ += [Step(f"model/{name}", partial(model, name, device, dtype, tiny=tiny)) for name in MODELS]
+    all_ += [Step(f"graph/{name}", partial(replays.replays, name, device, dtype, tiny=tiny)) for name in MODELS]
+    all_ += [
+        Step(f"cell/{name}/{way}", partial(cells.cell, name, way, device, dtype, tiny=tiny))
+        for name, way in cells.ways()
+    ]
     first, rest = all_[:2], all_[2:]  # a file's numbers are those of one machine: its name and ceilings are taken anew
     yield from first
     yield from sorted(rest, key=lambda step: known.get(step.name, {}).get("at", ""))
@@ -194,11 +200,6 @@ def whole(
     return row | {"steps": count, "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
 
 
-def relative(result: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    return float((result.float() - expected.float()).norm() / expected.float().norm())
-
-
 def collect() -> None:
     """Give memory back before the next model."""
     gc.collect()
@@ -279,6 +280,8 @@ def summary(result: Mapping[str, Any]) -> str:
         "best_peer",
         "ratio",
         "ms_per_row",
+        "seconds",
+        "E_seconds",
         "tflops",
         "gb_s",
         "device",

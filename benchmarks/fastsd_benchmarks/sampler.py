@@ -1,9 +1,10 @@
 """The sampler's own cost a step, against `diffusers`: `python -m fastsd_benchmarks.sampler [--json]`.
 
 Ours is everything of `fastsd.sampling.loop.denoise` around the denoiser: input scale, guidance, history and
-update. Theirs is what a `diffusers` pipeline does there: `scale_model_input`, guidance, `scheduler.step()`.
-Both get the same predictions and noise, drawn in advance, as drawing costs both the same. Both run in turns
-in one process, so that a busy machine slows both.
+update; "compiled" is the same by `fastsd.sampling.fused`, as the backend "compile" runs it on a CPU. Theirs is what a
+`diffusers` pipeline does there: `scale_model_input`, guidance, `scheduler.step()`. All get the same predictions and
+noise, drawn in advance, as drawing costs all the same, and run in turns in one process, so that a busy machine slows
+all of them.
 
 The floor is the bytes that a step must move (the model's input, the prediction it keeps, the history that it
 reads, the state it writes) at the bandwidth of a plain copy of as many bytes, measured in the same process.
@@ -17,9 +18,11 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +30,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastsd.sampling import fused
 from fastsd.sampling.loop import denoise
 from fastsd.sampling.schedulers import resolve_scheduler
 from fastsd.sampling.table import StepTable
+from fastsd_kernels import cpu_step
 
 MULTISTEP = ("pndm", "lms", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc", "flow_dpmpp_2m", "flow_unipc")
 OTHERS = ("ddim", "euler", "euler_a", "heun", "dpm2_a", "flow_euler")
@@ -48,7 +53,9 @@ SD = {
 SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
-def ours(table: StepTable, latents: Any, predictions: list[Any], noise: Any) -> list[float]:
+def ours(
+    table: StepTable, latents: Any, predictions: list[Any], noise: Any, kernel: Callable[..., None] | None = None
+) -> list[float]:
     """Seconds of each step without the denoiser, the first left out."""
     inside = 0.0
 
@@ -60,7 +67,11 @@ def ours(table: StepTable, latents: Any, predictions: list[Any], noise: Any) -> 
         return prediction
 
     batch = latents.shape[0]
-    steps = denoise(denoiser, latents, [table] * batch, noise=[lambda shape: noise[0]] * batch)
+    noises = [lambda shape: noise[0]] * batch
+    if kernel is None:
+        steps = denoise(denoiser, latents, [table] * batch, noise=noises)
+    else:
+        steps = fused.sampler(denoiser, kernel)(latents, [range(len(table))], [table] * batch, noise=noises)
     next(steps)
     seconds = []
     for _ in range(len(table) - 1):
@@ -124,7 +135,9 @@ def copy_seconds(nbytes: float) -> float:
     return statistics.median(seconds)
 
 
-def measure(name: str, shape: tuple[int, ...], guidance: float, repeats: int) -> dict[str, Any]:
+def measure(
+    name: str, shape: tuple[int, ...], guidance: float, repeats: int, kernel: Callable[..., None]
+) -> dict[str, Any]:
     """Medians over all steps of interleaved runs, microseconds."""
     scheduler = resolve_scheduler(name, SD3 if name.startswith("flow_") else SD)
     table = StepTable.from_scheduler(scheduler, STEPS).with_guidance(guidance)
@@ -134,8 +147,9 @@ def measure(name: str, shape: tuple[int, ...], guidance: float, repeats: int) ->
     noise = torch.randn(shape, generator=generator)
     predictions = [torch.randn(double, generator=generator) for _ in range(5)]
     arrays = latents.numpy(), [p.numpy() for p in predictions], noise.numpy()
-    times: dict[str, list[float]] = {"torch": [], "numpy": [], "diffusers": []}
+    times: dict[str, list[float]] = {"compiled": [], "torch": [], "numpy": [], "diffusers": []}
     for _ in range(repeats):
+        times["compiled"] += ours(table, latents, predictions, noise, kernel)
         times["torch"] += ours(table, latents, predictions, noise)
         times["diffusers"] += theirs(scheduler, latents, predictions, noise, guidance)
         times["numpy"] += ours(table, *arrays)
@@ -149,6 +163,7 @@ def measure(name: str, shape: tuple[int, ...], guidance: float, repeats: int) ->
         "floor_us": floor,
         **{f"{key}_us": value for key, value in micro.items()},
         "ratio": micro["torch"] / micro["diffusers"],
+        "ratio_compiled": micro["compiled"] / micro["diffusers"],
         "ratio_numpy": micro["numpy"] / micro["diffusers"],
     }
 
@@ -161,9 +176,10 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1: the guided batch is combined too")
     parser.add_argument("--repeats", type=int, default=12, help="runs of each side, in turns")
     options = parser.parse_args()
-    with torch.inference_mode():
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        kernel = cpu_step.load(cpu_step.build(Path(folder)))
         rows = [
-            measure(name, shape, options.guidance, options.repeats)
+            measure(name, shape, options.guidance, options.repeats, kernel)
             for name in options.samplers.split(",")
             for shape in SHAPES
         ]
@@ -183,9 +199,11 @@ def main() -> None:
         "sampler",
         "latents",
         "floor us",
-        "fastsd us",
+        "compiled us",
+        "torch us",
         "numpy us",
         "diffusers us",
+        "compiled ratio",
         "ratio",
         "numpy ratio",
     ):
@@ -194,10 +212,10 @@ def main() -> None:
         table.add_row(
             row["sampler"],
             "x".join(map(str, row["shape"])),
-            *(f"{row[key]:.0f}" for key in ("floor_us", "torch_us", "numpy_us", "diffusers_us")),
-            *(f"{row[key]:.2f}" for key in ("ratio", "ratio_numpy")),
+            *(f"{row[key]:.0f}" for key in ("floor_us", "compiled_us", "torch_us", "numpy_us", "diffusers_us")),
+            *(f"{row[key]:.2f}" for key in ("ratio_compiled", "ratio", "ratio_numpy")),
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ the bundle      run whole and held against the reference images; then published
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import gzip
@@ -32,7 +33,9 @@ import onnx as onnx_
 import torch
 
 import fastsd
-from fastsd import bundle, families, lora, presets, store
+import fastsd_export
+import fastsd_kernels
+from fastsd import bundle, families, integrity, lora, presets, store
 from fastsd.backends import load_backend
 from fastsd.bundle import Engine, Manifest, Range, Variant
 from fastsd.checkpoint import Source
@@ -40,7 +43,7 @@ from fastsd.errors import InputError, NumericError
 from fastsd.families import Components
 from fastsd.pipeline import Pipeline
 from fastsd.sampling.schedulers import SIGMAS, is_flow, resolve_scheduler
-from fastsd_export import onnx, openvino, reference, tables, tensorrt, trace, verify
+from fastsd_export import aoti, onnx, openvino, reference, tables, tensorrt, trace, verify
 from fastsd_export.plan import Lane, Plan, Sizes
 from fastsd_export.trace import Traced
 from fastsd_export.verify import Sample
@@ -52,6 +55,10 @@ CPU = torch.device("cpu")
 OVERFLOW = {"sdxl": ("vae_decoder", "vae_encoder"), "sd3": ("text_encoder_3",), "flux": ("text_encoder_2",)}
 ENGINE, GRAPH = "engine.json", "graph.json"  # in the store, beside the files of an engine or a graph: what it is
 ENGINES = "engines"  # folder of a bundle; what belongs to no engine lies in other folders
+# Components of a checkpoint whose convolutions are fastest so, by what `denoisers.layout` and `vae` have measured.
+CHANNELS_LAST = ("unet", "vae")
+# Keys of configurations that no component reads; a fine-tune may have others there.
+UNREAD = ("architectures", "dtype", "torch_dtype", "transformers_version")
 WEIGHTS = "weights.json"  # beside an ONNX graph: of which parameters each initialiser is made, and how
 
 Progress = Callable[[str], None]
@@ -65,6 +72,16 @@ class Written(NamedTuple):
     digest: str
 
 
+class Bare(NamedTuple):
+    """A component without data, the file and layout of its weights, its precision, and its digest without them."""
+
+    traced: Traced
+    weights: aoti.Weights
+    layout: torch.memory_format
+    precision: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Part:
     """A component as graphs on the disk, and what they must compute; its weights are let go."""
@@ -72,6 +89,7 @@ class Part:
     component: str
     ranges: Mapping[str, Range]
     graphs: Mapping[str, Written]  # by what lanes share
+    bare: Mapping[Lane, Bare]  # of lanes whose engines have their weights outside
     samples: Sequence[Sample]
     weights: str  # their digest
     calibration: Sequence[Mapping[str, Any]] = ()
@@ -126,7 +144,7 @@ def export(
     adapters = [(lora.read(path, plan.kind), weight) for path, weight in loras]
     plan.check_loras(adapters)
     for lane in plan.lanes:
-        reason = load_backend(lane.target).available("cpu" if lane.on_cpu else "cuda", lane.target)
+        reason = load_backend(lane.target).available(lane.device, lane.target)
         if reason is not None:
             raise InputError(f"{lane} is verified on the machine that builds it, and does not run here: {reason}")
     with _temporary(folder, "staging") as staging, _temporary(folder, "work") as work:
@@ -137,10 +155,13 @@ def export(
         line = Line(plan, adapters, steps, calibration if plan.quantised else 0, work, progress)
         engines: dict[Lane, list[Engine]] = {lane: [] for lane in plan.lanes}
         for parts in line.stages():
-            gc.collect()
+            _let_go()
             for part in parts:
                 for lane in plan.lanes:
-                    engines[lane].append(_engine(lane, part, staging, options or {}, steps, progress))
+                    if lane in part.bare:
+                        engines[lane].append(_package(lane, part, staging, progress))
+                    else:
+                        engines[lane].append(_engine(lane, part, staging, options or {}, steps, progress))
 
         variants = tuple(Variant(*lane, tuple(made)) for lane, made in engines.items())
         manifest = replace(manifest, weights=line.weights, variants=variants)
@@ -246,30 +267,40 @@ class Line:
         return loaded
 
     def _parts(self, name: str, *traces: tuple[Traced, Sequence[Sample], Sequence[Any]]) -> list[Part]:
-        """The graphs of those that are asked for, written while the weights are there."""
+        """What engines of those that are asked for are made of, written while the weights are there."""
         plan, parts = self._plan, []
+        stored: dict[Lane, aoti.Weights] = {}  # of all these traces
         for traced, samples, calibration in traces:
             if traced.component not in plan.components:
                 continue
-            ranges = plan.ranges(traced)
+            ranges, config = plan.ranges(traced), plan.source.config(name)
             graphs: dict[str, Written] = {}
+            bare: dict[Lane, Bare] = {}
             for lane in plan.lanes:
-                key = _graph_key(lane)
-                if key not in graphs:
+                key, precision = _graph_key(lane), _graph_precision(lane, plan.kind, traced.component)
+                where = self._work / key
+                where.mkdir(exist_ok=True)
+                if lane.target in bundle.TENSORS:
+                    layout = torch.channels_last if name in CHANNELS_LAST else torch.contiguous_format
+                    empty = replace(traced, module=trace.skeleton(traced.module, getattr(torch, precision)))
+                    if lane not in stored:
+                        self._progress(f"{name}: weights for {lane}")
+                        path = where / f"{name}.safetensors"
+                        component = traced.module.component
+                        stored[lane] = aoti.write_weights(component, empty.module.component, path, layout)
+                    found = store.key(_identity(empty, plan.kind, config, ranges, precision, TRACERS))
+                    bare[lane] = Bare(empty, stored[lane], layout, precision, found)
+                elif key not in graphs:
                     self._progress(f"{traced.component}: graph for {lane}")
-                    where = self._work / key
-                    where.mkdir(exist_ok=True)
-                    precision = _graph_precision(lane, plan.kind, traced.component)
                     opset = onnx.opset_of(lane.target, traced.component, precision)
-                    config = plan.source.config(name)
                     graphs[key] = _graph(traced, plan.kind, config, ranges, where, precision, opset)
-            parts.append(Part(traced.component, ranges, graphs, samples, self.weights[name], calibration))
+            parts.append(Part(traced.component, ranges, graphs, bare, samples, self.weights[name], calibration))
         return parts
 
 
 def _graph_key(lane: Lane) -> str:
     """Lanes of one key read the same graphs."""
-    return "cpu" if lane.on_cpu else f"{lane.target}-{lane.precision}"
+    return "cpu" if lane.in_float32 else f"{lane.target}-{lane.precision}"
 
 
 def _graph(
@@ -282,22 +313,10 @@ def _graph(
     opset: int,
 ) -> Written:
     """The component's ONNX file: traced once for an architecture, then filled with the weights of each checkpoint."""
-    module: Any = traced.module
     fields = {
+        **_identity(traced, kind, config, ranges, precision, (*TRACERS, *WRITERS)),
         "target": "graph",
-        "component": traced.component,
-        # Families read other layers of the same text encoder.
-        "family": kind,
-        "module": [type(module).__name__, type(module.component).__name__],
-        "encoder": [repr(getattr(module, "encoder", None)), getattr(module, "choices", 1)],
-        "precision": precision,
-        "profile": ranges,
         "opset": opset,
-        "config": json.loads(json.dumps(dict(config), default=str)),
-        "inputs": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in traced.inputs.items()},
-        "outputs": traced.outputs,
-        "versions": versions(),
-        "sources": _sources(),
     }
 
     def build(empty: Path) -> None:
@@ -324,6 +343,33 @@ def _graph(
     return Written(graph, precision, hashlib.sha256((found / path.name).read_bytes()).hexdigest())
 
 
+def _identity(
+    traced: Traced,
+    kind: str,
+    config: Mapping[str, Any],
+    ranges: Mapping[str, Range],
+    precision: str,
+    libraries: Sequence[str],
+) -> dict[str, Any]:
+    """Everything that a component's graph depends on, which is all but its weights."""
+    module: Any = traced.module
+    plain = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNREAD}
+    return {
+        "component": traced.component,
+        # Families read other layers of the same text encoder.
+        "family": kind,
+        "module": [type(module).__name__, type(module.component).__name__],
+        "encoder": [repr(getattr(module, "encoder", None)), getattr(module, "choices", 1)],
+        "precision": precision,
+        "profile": ranges,
+        "config": json.loads(json.dumps(plain, default=str)),
+        "inputs": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in traced.inputs.items()},
+        "outputs": traced.outputs,
+        "versions": versions(libraries),
+        "sources": _sources(),
+    }
+
+
 def _weight(plain: Mapping[str, Any]) -> onnx.Weight:
     steps = tuple((step, tuple(numbers)) for step, numbers in plain["steps"])
     return onnx.Weight(plain["parameter"], tuple(plain["shape"]), plain["dtype"], steps)
@@ -335,7 +381,7 @@ def _plain(weights: Mapping[str, onnx.Weight | None]) -> dict[str, Any]:
 
 
 def _graph_precision(lane: Lane, kind: str, component: str) -> str:
-    if lane.on_cpu:
+    if lane.in_float32:
         return "float32"
     overflows = component in OVERFLOW.get(kind, ())
     return "float32" if lane.precision == "float16" and overflows else lane.precision
@@ -366,7 +412,7 @@ def _engine(
     # An engine that was verified on less is built anew.
     recipe["verification"] = {"samples": len(part.samples), "steps": steps}
     refits = recipe.get("refit") == "refit"  # fine-tunes share the plan
-    device = "cpu" if lane.on_cpu else "cuda"
+    device = lane.device
     fields = store.fields_for(
         lane.target,
         part.component,
@@ -425,12 +471,7 @@ def _engine(
         (folder / ENGINE).write_text(json.dumps(asdict(replace(engine, record=record))))
 
     found = store.get(fields, build, needed=sum(path.stat().st_size for path in _files_of(graph)))
-    tag = "".join(f"-{name[0]}{low}" + f"-{high}" * (high > low) for name, (low, _, high) in part.ranges.items())
-    where = Path(ENGINES, f"{lane.target}-{lane.precision}", f"{part.component}{tag}")
-    for path in sorted(found.rglob("*")):
-        if path.is_file() and path.name != ENGINE:
-            _link(path, staging / where / path.relative_to(found))
-    engine = bundle.read_engine(json.loads((found / ENGINE).read_text()))
+    where, engine = _take(found, lane, part, staging)
     if refits and engine.record["weights"] != part.weights:
         progress(f"{part.component}: {lane}, new weights in its plan")
         main = staging / where / engine.path
@@ -438,8 +479,79 @@ def _engine(
         store.write_atomically(main, plan)  # a new file: the store's, which this is a name of, stays as it is
         record = {**engine.record, "weights": part.weights, "verification": check(main, engine)}
         engine = replace(engine, record=record)
-    files = {f"{where.as_posix()}/{path}": value for path, value in store.hash_files(staging / where).items()}
+    files = {f"{where.as_posix()}/{path}": value for path, value in integrity.hash_files(staging / where).items()}
     return replace(engine, path=f"{where.as_posix()}/{engine.path}", files=files)
+
+
+def _package(lane: Lane, part: Part, staging: Path, progress: Progress) -> Engine:
+    """An engine whose code is that of the store, compiled if it is not there, and whose weights lie beside it.
+
+    It is verified with these weights, whoever's it was compiled for.
+    """
+    bare, device = part.bare[lane], lane.device
+    fields = store.fields_for(
+        lane.target,
+        part.component,
+        precision=bare.precision,
+        profile=part.ranges,
+        graph=bare.digest,
+        weights="outside",
+        device=device,
+        options=aoti.OPTIONS[device],
+    )
+    fresh = False
+
+    def build(folder: Path) -> None:
+        nonlocal fresh
+        fresh = True
+        progress(f"{part.component}: {lane}")
+        started = time.perf_counter()
+        made = aoti.build(bare.traced, part.ranges, folder, precision=bare.precision, device=device, layout=bare.layout)
+        record = {
+            "versions": versions(),
+            "machine": fields["machine"],
+            "build_seconds": round(time.perf_counter() - started, 3),
+            "peak_bytes": peak_bytes(),
+        }
+        engine = Engine(
+            part.component,
+            lane.target,
+            made.path,
+            bare.precision,
+            made.inputs,
+            made.outputs,
+            part.ranges,
+            record=record,
+        )
+        (folder / ENGINE).write_text(json.dumps(asdict(engine)))
+
+    found = store.get(fields, build)
+    where, engine = _take(found, lane, part, staging)
+    weights = f"{where.parent.as_posix()}/{bare.weights.path.name}"
+    _link(bare.weights.path, staging / weights)
+    files = {f"{where.as_posix()}/{path}": value for path, value in integrity.hash_files(staging / where).items()}
+    files[weights] = bare.weights.size, bare.weights.digest
+    options = {"weights": weights, **bare.weights.options}
+    engine = replace(engine, path=f"{where.as_posix()}/{engine.path}", files=files, options=options)
+    try:
+        run = load_backend(lane.target).load(staging / engine.path, engine, device=device, shared={})
+        fed = verify.feed(run, engine.inputs, device, tensors=lane.target in bundle.TENSORS)
+        report = verify.check_component(part.component, fed, part.samples, bare.precision)
+    except NumericError:
+        if fresh:
+            store.remove([store.key(fields)])
+        raise
+    return replace(engine, record={**engine.record, "weights": part.weights, "verification": report})
+
+
+def _take(found: Path, lane: Lane, part: Part, staging: Path) -> tuple[Path, Engine]:
+    """Put an engine of the store into the bundle: its folder there, and what the store says of it."""
+    tag = "".join(f"-{name[0]}{low}" + f"-{high}" * (high > low) for name, (low, _, high) in part.ranges.items())
+    where = Path(ENGINES, f"{lane.target}-{lane.precision}", f"{part.component}{tag}")
+    for path in sorted(found.rglob("*")):
+        if path.is_file() and path.name != ENGINE:
+            _link(path, staging / where / path.relative_to(found))
+    return where, bundle.read_engine(json.loads((found / ENGINE).read_text()))
 
 
 def _files_of(graph: onnx.Graph) -> list[Path]:
@@ -451,17 +563,32 @@ def _end_to_end(staging: Path, lane: Lane, line: Line) -> dict[str, Any]:
     """The report of whole runs of the bundle, from the same noise as the float32 ones."""
 
     def opened() -> Pipeline:
-        gc.collect()  # engines of an earlier one
+        _let_go()  # of the engines of an earlier one
         return Pipeline.from_pretrained(staging, backend=lane.target, dtype=lane.precision, trust=True)
 
+    # One after the other, so that the largest engine is alone in memory: the texts, the denoiser, the VAE.
+    cases = [case for case in line.cases if not case.only_prepare]
     pipe = opened()
-    latents = [reference.run(pipe, case) for case in line.cases if not case.only_prepare]
+    for case in cases:
+        reference.read(pipe, case)
+    encodings = pipe.encodings
     del pipe
-    pipe = opened()  # the VAE is loaded when the denoiser is gone
+    pipe = opened()
+    pipe.encodings = encodings
+    latents = [reference.run(pipe, case) for case in cases]
+    del pipe
+    pipe = opened()
     images = [pipe.decode(one) for one in latents]
     return verify.check_images(
         list(zip(line.latents, latents, strict=True)), list(zip(line.images, images, strict=True)), lane.precision
     )
+
+
+def _let_go() -> None:
+    """Give the memory of what is gone back to the system, which the allocator would keep for later."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -618,12 +745,18 @@ def _join(before: Manifest, now: Manifest, folder: Path, staging: Path, progress
         made = {engine.path for engine in one.engines}
         old = variants.get((one.target, one.precision))
         kept = [engine for engine in old.engines if engine.path not in made] if old is not None else []
+        # The weights that they share with new ones are the same, but the file may be written in another order.
+        new = {path: value for engine in one.engines for path, value in engine.files.items()}
+        kept = [
+            replace(engine, files={path: new.get(path, value) for path, value in engine.files.items()})
+            for engine in kept
+        ]
         record = old.record if old is not None else {}
         variants[one.target, one.precision] = replace(one, engines=(*kept, *one.engines), record=record)
     files = {path for variant in variants.values() for engine in variant.engines for path in engine.files}
     tabled = {path for one in before.samplers.values() if (path := _table_file(one)) is not None}
     kept_files = {path for path in files if not (staging / path).exists()} | tabled
-    store.check_files(folder, {path: before.everything()[path] for path in kept_files}, besides=None)
+    integrity.check_files(folder, {path: before.everything()[path] for path in kept_files}, besides=None)
     samplers = {**before.samplers, **now.samplers}
     for name in before.samplers.keys() & now.samplers.keys():
         path = _table_file(before.samplers[name])
@@ -676,7 +809,7 @@ def _write(staging: Path, manifest: Manifest) -> Manifest:
         f"{part.name}/{path}": value
         for part in staging.iterdir()
         if part.is_dir() and part.name != ENGINES
-        for path, value in store.hash_files(part).items()
+        for path, value in integrity.hash_files(part).items()
     }
     manifest = replace(manifest, files=found)
     text = manifest.to_json()
@@ -720,9 +853,10 @@ def digest(module: Any) -> str:
 def _sources() -> str:
     """Digest of the code that graphs are made by."""
     hashed = hashlib.sha256()
-    for package in (Path(fastsd.__file__).parent, Path(__file__).parent):
-        for path in sorted(package.rglob("*.py")):
-            hashed.update(path.read_bytes())
+    for package in (fastsd, fastsd_export, fastsd_kernels):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
+            if path.suffix in (".py", ".cpp"):
+                hashed.update(path.read_bytes())
     return hashed.hexdigest()
 
 
@@ -735,10 +869,13 @@ def _digest_arrays(calls: Sequence[Mapping[str, Any]]) -> str:
     return hashed.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that make an engine what it is."""
-    names = ["torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf"]
-    names += ["tensorrt", "tensorrt-rtx"]
+# Libraries that make an engine what it is: those that trace a component, and those that write graphs and engines.
+TRACERS = ("torch", "diffusers", "transformers", "triton")
+WRITERS = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt-rtx")
+
+
+def versions(names: Sequence[str] = (*TRACERS, *WRITERS)) -> dict[str, str]:
+    """Of fastsd and the libraries that are installed."""
     found = {"fastsd": fastsd.__version__}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

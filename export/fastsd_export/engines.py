@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from fastsd import bundle, store
+from fastsd import bundle, integrity, store
 from fastsd.errors import InputError
 from fastsd.files import few
 
@@ -283,9 +283,9 @@ def _verify(items: Sequence[Item], where: str, folder: Path | None, as_json: boo
 def _problem(folder: Path, engine: bundle.Engine) -> str:
     """What is wrong with an engine of a bundle, a sentence, or nothing."""
     try:
-        store.check_files(folder, engine.files, besides=None)
+        integrity.check_files(folder, engine.files, besides=None)
         if engine.path.endswith(".onnx"):
-            store.check_external(folder / engine.path, folder, engine.files)
+            integrity.check_external(folder / engine.path, folder, engine.files)
     except InputError as error:
         return str(error)
     return ""
@@ -297,7 +297,7 @@ def _rest_problem(folder: Path) -> str:
     engines = [engine for variant in manifest.variants for engine in variant.engines]
     others = {name for engine in engines for name in engine.files} | {bundle.MANIFEST, bundle.SIGNATURE}
     try:
-        store.check_files(folder, manifest.files, besides=others)
+        integrity.check_files(folder, manifest.files, besides=others)
     except InputError as error:
         return str(error)
     return ""

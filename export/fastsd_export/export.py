@@ -83,7 +83,7 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Build verified engines for this machine into a bundle that runs without torch."""
+    """Build verified engines for this machine into a bundle that runs without torch, or (aoti) with torch alone."""
     # Before any work: torch takes seconds to import.
     targets = _words(to)
     ranges = {name: _range(name, value) for name, value in (("height", height), ("width", width), ("tokens", tokens))}
@@ -205,10 +205,9 @@ def _range(name: str, text: str | None) -> Range | None:
 
 
 def _lanes(targets: list[str], dtype: str, quantize: str | None) -> list[Lane]:
-    from fastsd_export.plan import TARGETS as PRECISIONS
-    from fastsd_export.plan import Lane
+    from fastsd_export.plan import Lane, usual_precision
 
-    lanes = [Lane(target, PRECISIONS[target][0] if dtype == "auto" else dtype) for target in targets]
+    lanes = [Lane(target, usual_precision(target) if dtype == "auto" else dtype) for target in targets]
     return [*lanes, *([Lane("openvino", quantize)] if quantize else [])]
 
 

@@ -12,14 +12,16 @@ import torch
 from fastsd import families, lora, vae
 from fastsd.bundle import Range
 from fastsd.checkpoint import Source
+from fastsd.device import pick_device, pick_dtype
 from fastsd.errors import InputError
 from fastsd.files import few
 from fastsd_export.trace import Traced, names
 
-# Precisions of each target, its usual one first.
+# Precisions of each target, its usual one first (`usual_precision`).
 TARGETS: dict[str, tuple[str, ...]] = {
     "onnx": ("float32", "float16"),
     "openvino": ("bfloat16", "float32", "int8"),
+    "aoti": ("bfloat16", "float32", "float16"),
     "tensorrt": ("bfloat16", "float16", "float32"),
     "tensorrt-rtx": ("bfloat16", "float16", "float32"),
 }
@@ -37,9 +39,23 @@ class Lane(NamedTuple):
         return f"{self.target} in {self.precision}"
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether it runs on the CPU: such graphs are written in float32, and OpenVINO lowers them itself."""
+    def device(self) -> str:
+        """What it runs on, "cpu" or "cuda"; packages of AOTInductor on the GPU of this machine if there is one."""
+        if self.target == "aoti":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cpu" if self.in_float32 else "cuda"
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether its graphs are written in float32, because it computes in that or lowers them itself (OpenVINO)."""
         return self.target == "openvino" or self == ("onnx", "float32")
+
+
+def usual_precision(target: str) -> str:
+    """What a target computes in if nothing is asked for: aoti in what this machine is fast in."""
+    if target != "aoti":
+        return TARGETS[target][0]
+    return str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,8 @@ class Plan:
             if lane.precision not in TARGETS.get(lane.target, ()):
                 known = "; ".join(f"{target} in {' or '.join(kinds)}" for target, kinds in TARGETS.items())
                 raise InputError(f"there is no {lane}: build {known}")
+            if lane == ("aoti", "float16") and lane.device == "cpu":
+                raise InputError("float16 is for CUDA: build aoti in bfloat16 or float32, which a CPU computes in")
         if not lanes:
             raise InputError(f"no target is given: use {', '.join(TARGETS)}")
         self.source, self.lanes = source, tuple(dict.fromkeys(lanes))
@@ -192,7 +210,10 @@ class Plan:
                 raise InputError(f"the LoRA {adapter.source!r} is for {few(sorted(lacking))}, which the model lacks")
 
     def estimates(self) -> list[Estimate]:
-        """What each engine will take; of int8 the denoiser's linear layers and convolutions count a byte a weight."""
+        """What each engine will take: its weights, which aoti has in files that engines share.
+
+        Of int8 the denoiser's linear layers and convolutions count a byte a weight.
+        """
         sizes = {name: sum(one.numel() for one in module.parameters()) for name, module in self.modules().items()}
         only = 0
         denoiser = self.meta.denoiser
@@ -208,7 +229,7 @@ class Plan:
             Estimate(
                 name,
                 lane,
-                counts[name] * (4 if lane.on_cpu and lane.precision != "int8" else itemsize.get(lane.precision, 2)),
+                counts[name] * (4 if lane.in_float32 and lane.precision != "int8" else itemsize.get(lane.precision, 2)),
                 int(2.5 * 4 * (total if name in ("prepare", "denoiser") else counts[name])),
             )
             for name in self.components

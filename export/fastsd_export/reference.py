@@ -26,7 +26,8 @@ from fastsd.arrays import to_numpy
 from fastsd.backends import Engines
 from fastsd.errors import InputError
 from fastsd.families import Components
-from fastsd.pipeline import Pipeline, PipelineStep
+from fastsd.pipeline import Pipeline, PipelineStep, Timings
+from fastsd.request import check
 from fastsd.sampling.schedulers import is_flow
 from fastsd_export.trace import Traced
 from fastsd_export.verify import SAMPLES, Numbers, Sample
@@ -367,23 +368,33 @@ def denoise(
 
 def run(line: Pipeline, case: Case, on_step: Callable[[PipelineStep], object] | None = None) -> Numbers:
     """The last latents of a case, float32 [images, C, h, w]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of prompts that are cut: they are meant to be
+        result = line(**_arguments(line, case), output_type="latent", on_step=on_step)
+    return to_numpy(result.images)
+
+
+def read(line: Pipeline, case: Case) -> None:
+    """Let the pipeline encode the texts of a case, which it then remembers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        request = check(line, **_arguments(line, case))
+        line._condition(request, any(table.guided for table in request.tables), Timings())
+
+
+def _arguments(line: Pipeline, case: Case) -> dict[str, Any]:
     call = _text_arguments(line.family, line.components, case)
     if case.negative_prompt is not None:
         call["negative_prompt"] = case.negative_prompt
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of prompts that are cut: they are meant to be
-        result = line(
-            height=case.height * line.factor,
-            width=case.width * line.factor,
-            num_inference_steps=case.steps,
-            guidance_scale=case.guidance_scale,
-            seed=[case.seed + i for i in range(len(case.prompts))],
-            scheduler=case.scheduler,
-            output_type="latent",
-            on_step=on_step,
-            **call,
-        )
-    return to_numpy(result.images)
+    return {
+        **call,
+        "height": case.height * line.factor,
+        "width": case.width * line.factor,
+        "num_inference_steps": case.steps,
+        "guidance_scale": case.guidance_scale,
+        "seed": [case.seed + i for i in range(len(case.prompts))],
+        "scheduler": case.scheduler,
+    }
 
 
 def spread(inputs: Sequence[dict[str, Numbers]], count: int) -> list[dict[str, Numbers]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, SupportsInt
 
-from fastsd import store
+from fastsd import integrity, store
 from fastsd.backends.base import extent
 from fastsd.backends.tensorrt import (
     DTYPES,
@@ -176,7 +176,7 @@ def build(
         "profiles": [dict(profile) for profile in profiles],
     }
     if refit in STRIPPED:
-        for name in (onnx_path.name, *sorted(store.external_files(onnx_path))):
+        for name in (onnx_path.name, *sorted(integrity.external_files(onnx_path))):
             files.append(folder / name)
             if folder.resolve() != onnx_path.parent.resolve():  # not a hard link: onnx refuses data that has two
                 shutil.copyfile(onnx_path.parent / name, folder / name)

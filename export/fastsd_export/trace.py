@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastsd import autoencoder
 from fastsd.denoisers.flux import PATCH, POSITIONS, FluxTransformer
 from fastsd.denoisers.layers import ROWS
 from fastsd.denoisers.unet import UNet
@@ -93,17 +94,27 @@ def names(dim: str) -> set[str]:
     return {part for part in dim.replace("+", "*").replace("//", "*").split("*") if not part.isdigit()}
 
 
-def skeleton(module: Wrapper, dtype: torch.dtype) -> Wrapper:
+def skeleton(
+    module: Wrapper, dtype: torch.dtype, device: str = "cpu", *, layout: torch.memory_format = torch.contiguous_format
+) -> Wrapper:
     """A copy of a module in another dtype whose weights have no data: it can be traced, and takes no memory.
 
+    Of weights with four axes, those of convolutions, `layout` is that of their memory.
+
     In float16 the weights that `transformers` then keeps in float32 (T5's `wo`, whose products overflow) are float32.
+    Buffers that are no weights keep their data.
     """
     kept = getattr(module.component, "_keep_in_fp32_modules", None) if dtype == torch.float16 else None
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {} if device == "cpu" else {id(tensor): tensor.to(device) for tensor in module.buffers()}
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, tensor in module.state_dict(keep_vars=True).items():
             in_dtype = torch.float32 if any(part in (kept or ()) for part in name.split(".")) else dtype
-            empty = torch.empty(tensor.shape, dtype=in_dtype if tensor.is_floating_point() else tensor.dtype)
+            empty = torch.empty(
+                tensor.shape,
+                dtype=in_dtype if tensor.is_floating_point() else tensor.dtype,
+                device=device,
+                memory_format=layout if tensor.ndim == 4 else torch.contiguous_format,
+            )
             parameter = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(empty, requires_grad=False) if parameter else empty
     return copy.deepcopy(module, copies).eval()
@@ -284,7 +295,9 @@ class _Decoder(Wrapper):
     def forward(self, latents: Tensor) -> tuple[Tensor]:
         vae = self.component
         latents = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
-        image = vae.decode(latents, return_dict=False)[0].float()
+        # Nodes of a graph for another runtime name the modules that they come from; on CUDA our kernels go into it.
+        image = autoencoder.decoder(vae, latents) if latents.is_cuda else vae.decode(latents, return_dict=False)[0]
+        image = image.float()
         return ((image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1),)
 
 
@@ -292,5 +305,8 @@ class _Encoder(Wrapper):
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         vae = self.component
         pixels = (pixels * 2 - 1).permute(0, 3, 1, 2).to(vae.dtype)
-        latents = vae.encode(pixels, return_dict=False)[0].mode().float()
+        if pixels.is_cuda:
+            latents = autoencoder.encoder(vae, pixels).chunk(2, dim=1)[0].float()
+        else:
+            latents = vae.encode(pixels, return_dict=False)[0].mode().float()
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor,)

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fastsd
-from fastsd import bundle, store
+from fastsd import bundle, integrity, store
 from fastsd.backends import base
 from fastsd.bundle import Engine, Manifest, TensorSpec, Variant
 from fastsd.errors import InputError
@@ -153,10 +153,10 @@ def _check(folder: Path, manifest: Manifest, variant: Variant) -> None:
     listed = dict(manifest.files)
     for engine in variant.engines:
         listed |= engine.files
-    store.check_files(folder, listed, besides=None)
+    integrity.check_files(folder, listed, besides=None)
     for engine in variant.engines:
         if engine.path.endswith(".onnx"):
-            store.check_external(folder / engine.path, folder, engine.files)
+            integrity.check_external(folder / engine.path, folder, engine.files)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def _write_engine(folder: Path, where: Path, model: str, engine: Engine, kind: s
     version = where / "1"
     main = folder / engine.path
     _link(main, version / filename)
-    for beside in store.external_files(main) if engine.target == "onnx" else ():  # the graph names it
+    for beside in integrity.external_files(main) if engine.target == "onnx" else ():  # the graph names it
         _link(main.with_name(beside), version / beside)
     lines = [f"platform: {_quoted(platform)}", *_tensors(engine), *_instances(kind)]
     if engine.target == "tensorrt" and engine.component == "denoiser" and not engine.options.get("weight_streaming"):

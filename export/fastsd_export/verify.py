@@ -311,12 +311,15 @@ def _gate(
     return measure
 
 
-def feed(run: Run, specs: Iterable[TensorSpec], device: str = "cpu") -> Run:
-    """An engine as a function of samples' arrays, which go to the device in the dtypes that its inputs have."""
+def feed(run: Run, specs: Iterable[TensorSpec], device: str = "cpu", *, tensors: bool = False) -> Run:
+    """An engine as a function of samples' arrays, which go to the device in the dtypes that its inputs have.
+
+    `tensors`: it takes torch tensors on the CPU, too.
+    """
     dtypes = {spec.name: spec.dtype for spec in specs}
 
     def fed(**inputs: Any) -> Sequence[Any]:
-        if device == "cpu":
+        if device == "cpu" and not tensors:
             return run(**{name: array.astype(dtypes[name], copy=False) for name, array in inputs.items()})
         import torch
 

@@ -62,9 +62,12 @@ class Engines:
         device: torch's, or its name.
         functions: what the straight line calls.
         table: see `families.compile_table`, without its first argument.
-        modules: what a LoRA may change, by the name of its component; a bundle's weights stay as they are.
+        modules: what a LoRA may change, by the name of its component; of a bundle those whose weights lie beside its
+            engines (aoti).
         loras: those in the weights of a bundle.
         sizes: bytes of a bundle's files, by component.
+        compilations: how many the calling thread has run so far.
+        keep: keeps for the next process what a warm-up has compiled.
     """
 
     target: str
@@ -75,6 +78,8 @@ class Engines:
     modules: Mapping[str, Any] = field(default_factory=dict)
     loras: Mapping[str, float] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    compilations: Callable[[], int] = int
+    keep: Callable[[], None] = lambda: None
 
 
 def load_backend(target: str) -> Any:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from weakref import WeakSet
 
-from fastsd import store
+from fastsd import integrity, store
 from fastsd.backends import base
 from fastsd.bundle import Engine
 from fastsd.errors import InputError, MissingExtraError
@@ -353,7 +353,7 @@ def _beside(path: Path, engine: Engine, weights: str) -> Path:
     if name not in listed:
         raise InputError(f"the weights {weights!r} are not among the files of the {engine.component} engine: refused")
     folder = path.parents[len(inside.parts) - 1]
-    store.check_external(folder / name, folder, listed)
+    integrity.check_external(folder / name, folder, listed)
     return folder / name
 
 

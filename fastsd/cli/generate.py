@@ -51,7 +51,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the recipe out of the PNG.")] = False,
     backend: Annotated[
-        str, typer.Option("--backend", help="auto | eager, or a bundle's: onnx | openvino | ...")
+        str, typer.Option("--backend", help="auto | eager | compile, or a bundle's: onnx | openvino | aoti | ...")
     ] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="auto | float32 | bfloat16 | float16 | int8")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto | cpu | cuda")] = "auto",
@@ -138,7 +138,7 @@ def _report(result: Any, paths: list[Path], as_json: bool) -> None:
         print(json.dumps({"images": images, "timings": timings}))
         return
     steps = timings.pop("steps")
-    del timings["text_cache_hits"]
+    del timings["text_cache_hits"], timings["compilations"]
     if not timings["reload"]:
         del timings["reload"]
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items())

@@ -24,18 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsd import ops
 from fastsd.denoisers.transformer import (
     Constants,
     JointBlock,
     Modulation,
     SelfAttention,
     TimeTextEmbedding,
-    add,
     assign_columns,
     check_conditioning,
     check_size,
-    layer_norm,
-    modulate,
     modulation_rows,
     patches,
     prepare_only,
@@ -163,8 +161,9 @@ class FluxTransformer(nn.Module):
                 interval = ceil(len(self.single_transformer_blocks) / len(controlnet_single_block_samples))
                 x = x + F.pad(controlnet_single_block_samples[i // interval], (0, 0, text.shape[1], 0))
 
-        scale, shift = self.norm_out(modulation)
-        image = self.proj_out(modulate(layer_norm(x[:, text.shape[1] :]), shift, scale))
+        scale, shift = self.norm_out(self.norm_out.own(modulation))
+        (image,) = ops.modulate(x[:, text.shape[1] :], (shift, scale))
+        image = self.proj_out(image)
         # The numbers of a patch are in the order channel, row, column.
         image = image.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (-1, latents.shape[3] // PATCH))
         prediction: Tensor = image.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
@@ -183,15 +182,20 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, rotary: Tensor) -> Tensor:
         """[B, L, D], [B, M] -> [B, L, D]."""
-        shift, scale, gate = self.norm(modulation)
-        normed = modulate(layer_norm(x), shift, scale)
+        out: Tensor = self.body(x, self.norm.own(modulation), rotary)
+        return out
+
+    def body(self, x: Tensor, own: Tensor, rotary: Tensor) -> Tensor:
+        """[B, L, D], `Modulation.own` -> [B, L, D]."""
+        shift, scale, gate = self.norm(own)
+        (normed,) = ops.modulate(x, (shift, scale))
         perceptron = F.gelu(self.proj_mlp(normed), approximate="tanh")
         # proj_out of both side by side is the sum of two products, the second accumulated into the first: the
         # concatenation, 5 times the size of x, is never made, and a trace holds two plain products.
         of_attention, of_perceptron = self.proj_out.weight.split([x.shape[2], perceptron.shape[2]], dim=1)
         out = F.linear(self.attn(normed, rotary), of_attention, self.proj_out.bias)
         out = torch.addmm(out.flatten(0, 1), perceptron.flatten(0, 1), of_perceptron.t()).view_as(x)
-        return add(x, gate, out)
+        return ops.gate_residual(x, gate, out)
 
 
 def rotary_table(

@@ -1,6 +1,8 @@
 """The layers of the UNet: sinusoidal embeddings, residual blocks, spatial transformers, resampling.
 
 The transformers of SD3 and Flux share the embeddings and the perceptron; their own layers are in `transformer.py`.
+A repeated block has its arithmetic in `body`, which takes the block's own slices of the packed constants: so blocks of
+the same shapes are one compilation.
 
 Parameter names are those of `diffusers`, so that its checkpoints load without renaming.
 Shapes: B batch, C channels, H and W latent height and width, L tokens, M packed modulation columns,
@@ -11,12 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsd import ops
+
 ROWS = 64  # rows that `prepare` computes at a time
+QKV = ("to_q", "to_k", "to_v")
 
 
 def row_chunks(timesteps: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -96,20 +102,88 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """[B, C, H, W], [B, M] -> [B, out_channels, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + modulation[:, self.columns, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        out: Tensor = self.body(x, modulation[:, self.columns])
+        return out
+
+    def body(self, x: Tensor, shift: Tensor) -> Tensor:
+        """[B, C, H, W], [B, out_channels] -> [B, out_channels, H, W]."""
+        h = self.conv1(ops.group_norm_silu(x, self.norm1))
+        h = self.conv2(ops.group_norm_silu(h, self.norm2, shift))
         x = self.conv_shortcut(x) + h
         return x
 
 
-class Attention(nn.Module):
+class Packing(nn.Module):
+    """A module with linear layers that read the same tokens, and after `pack` are one matrix product.
+
+    The layers' own weights are then views of a packed one, so a state dict is what it was, what is merged into the
+    weights in place reaches it, and nothing is held twice. What replaces the weights (another dtype or device, a state
+    dict that is assigned) is packed again; a copy (`deepcopy`, pickle) is not packed.
+    """
+
+    PACKS: ClassVar[tuple[tuple[str, ...], ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.register_load_state_dict_post_hook(_pack_again)  # type: ignore[no-untyped-call]
+
+    def pack(self) -> None:
+        """Make one weight, and one bias, of the layers of each of `PACKS`."""
+        for names in self.PACKS:
+            layers: list[Any] = [getattr(self, name) for name in names]
+            has_bias = layers[0].bias is not None
+            self.packed[names[0]] = _packed(layers, "weight"), _packed(layers, "bias") if has_bias else None
+
+    def project(self, x: Tensor, names: tuple[str, ...], heads: int) -> Tensor | tuple[Tensor, ...]:
+        """Tokens [B, L, dim] through layers of `PACKS`.
+
+        Returns:
+            Packed [B, L, layers, heads, head dim], or for each layer [B, L, heads, head dim].
+        """
+        if names[0] in self.packed:
+            packed: Tensor = F.linear(x, *self.packed[names[0]]).unflatten(-1, (len(names), heads, -1))
+            return packed
+        return tuple(getattr(self, name)(x).unflatten(-1, (heads, -1)) for name in names)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _pack_again(self)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": {}}
+
+
+def _packed(layers: list[Any], name: str) -> Tensor:
+    """One tensor of the layers' parameters of a name, which become views of it."""
+    parameters = [getattr(layer, name) for layer in layers]
+    with torch.no_grad():
+        packed = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, part in zip(parameters, packed.chunk(len(parameters)), strict=True):
+            parameter.data = part
+    # To a compiler the sizes of a parameter are constants; those of another tensor may become symbols.
+    return nn.Parameter(packed, requires_grad=False)
+
+
+def _pack_again(module: Any, *_: Any) -> None:
+    """Pack once more where a parameter is no longer the view that it was."""
+    for names in module.PACKS:
+        if names[0] in module.packed:
+            weight, _ = module.packed[names[0]]
+            parts = zip(names, weight.chunk(len(names)), strict=True)
+            if any(getattr(module, name).weight.data_ptr() != part.data_ptr() for name, part in parts):
+                module.pack()
+
+
+class Attention(Packing):
     """Multi-head attention; over its own tokens, or over the text when `context_dim` is given.
 
     For text, `keys_values` runs once per image and `columns`, assigned by `UNet`, says where its result lies
     in the packed context.
     """
 
+    PACKS = (QKV,)
     columns: slice | None = None
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
@@ -125,11 +199,22 @@ class Attention(nn.Module):
         """[B, L, context_dim or dim] -> keys and values, [B, L, dim] each."""
         return self.to_k(tokens), self.to_v(tokens)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, L, dim], [B, text tokens, K] -> [B, L, dim]."""
-        k, v = self.keys_values(x) if self.columns is None else context[..., self.columns].chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), k, v))
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, L, dim]
+    def pack(self) -> None:
+        """Attention to its own tokens: one product for queries, keys and values."""
+        if not self.is_cross:
+            super().pack()
+
+    def text(self, context: Tensor) -> Tensor | None:
+        """Its own keys and values of the text [B, text tokens, K]: [B, text tokens, 2 dim], None without `columns`."""
+        return None if self.columns is None else context[..., self.columns]
+
+    def forward(self, x: Tensor, text: Tensor | None) -> Tensor:
+        """[B, L, dim], `text` of the context -> [B, L, dim]."""
+        if text is None:
+            x = ops.attention(*ops.unpacked(self.project(x, QKV, self.heads)))
+        else:
+            q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(x), *text.chunk(2, dim=-1)))
+            x = ops.cross_attention(q, k, v)
         x = self.to_out[0](x)
         return x
 
@@ -143,8 +228,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., inner_dim]."""
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return ops.geglu(self.proj(x))
 
 
 class GELU(nn.Module):
@@ -186,8 +270,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[B, L, dim], [B, text tokens, K] -> [B, L, dim]."""
-        x = x + self.attn1(self.norm1(x), context)
-        x = x + self.attn2(self.norm2(x), context)
+        out: Tensor = self.body(x, self.attn1.text(context), self.attn2.text(context))
+        return out
+
+    def body(self, x: Tensor, text1: Tensor | None, text2: Tensor | None) -> Tensor:
+        """[B, L, dim], `Attention.text` of both attentions -> [B, L, dim]."""
+        x = x + self.attn1(self.norm1(x), text1)
+        x = x + self.attn2(self.norm2(x), text2)
         x = x + self.ff(self.norm3(x))
         return x
 
@@ -231,7 +320,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[B, C, H, W], [B, text tokens, K] -> [B, C, H, W]."""
         # In the channels-last layout both permutations are views: the tokens are the pixels where they lie.
-        h = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # [B, H*W, C]
+        h = ops.group_norm_silu(x, self.norm, silu=False)
+        h = self.proj_in(h.permute(0, 2, 3, 1).flatten(1, 2))  # [B, H*W, C]
         for block in self.transformer_blocks:
             h = block(h, context)
         x = x + self.proj_out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

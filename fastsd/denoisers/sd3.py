@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsd import ops
 from fastsd.denoisers.transformer import (
     Constants,
     JointBlock,
@@ -26,8 +27,6 @@ from fastsd.denoisers.transformer import (
     assign_columns,
     check_conditioning,
     check_size,
-    layer_norm,
-    modulate,
     modulation_rows,
     patches,
     prepare_only,
@@ -134,8 +133,9 @@ class SD3Transformer(nn.Module):
                 interval = len(self.transformer_blocks) / len(block_controlnet_hidden_states)
                 image = image + block_controlnet_hidden_states[int(i / interval)]
 
-        scale, shift = self.norm_out(modulation)
-        image = self.proj_out(modulate(layer_norm(image), shift, scale))
+        scale, shift = self.norm_out(self.norm_out.own(modulation))
+        (image,) = ops.modulate(image, (shift, scale))
+        image = self.proj_out(image)
         # The numbers of a patch are in the order row, column, channel.
         size = self.config.patch_size
         image = image.unflatten(2, (size, size, -1)).unflatten(1, (-1, latents.shape[3] // size))

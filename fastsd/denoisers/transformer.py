@@ -1,6 +1,8 @@
 """What the multimodal transformers of SD3 and Flux share (Esser et al. 2024).
 
 Parameter names are those of `diffusers`, so that its checkpoints load without renaming.
+A block has its arithmetic in `body`, which takes the block's own slices of the packed modulation: so blocks of the same
+shapes are one compilation.
 Shapes: B batch, C latent channels, H and W latent height and width, D width of the tokens, L image and text tokens
 together, M packed modulation columns.
 """
@@ -8,16 +10,23 @@ together, M packed modulation columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsd.denoisers.layers import GELU, FeedForward, TimestepEmbedding, row_chunks, timestep_embedding
+from fastsd import ops
+from fastsd.denoisers.layers import (
+    GELU,
+    QKV,
+    FeedForward,
+    Packing,
+    TimestepEmbedding,
+    row_chunks,
+    timestep_embedding,
+)
 from fastsd.errors import InputError
-
-EPS = 1e-6  # of all norms in both families
 
 
 class Constants(NamedTuple):
@@ -53,9 +62,13 @@ class Modulation(nn.Module):
         is_scale = torch.arange(self.vectors, device=vectors.device) % 3 == self.scale
         return (vectors + is_scale.to(vectors.dtype).unsqueeze(-1)).flatten(-2)
 
-    def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """[B, M] -> `vectors` times [B, 1, D]."""
-        return modulation[:, None, self.columns].chunk(self.vectors, dim=-1)
+    def own(self, modulation: Tensor) -> Tensor:
+        """[B, M] -> [B, 1, vectors * D]."""
+        return modulation[:, None, self.columns]
+
+    def forward(self, own: Tensor) -> tuple[Tensor, ...]:
+        """[B, 1, vectors * D] -> `vectors` times [B, 1, D]."""
+        return own.chunk(self.vectors, dim=-1)
 
 
 def assign_columns(model: nn.Module) -> list[Modulation]:
@@ -78,25 +91,6 @@ def modulation_rows(modulations: Sequence[Modulation], embed: Callable[[Tensor],
         embedding = F.silu(embed(padded))
         packed.append(torch.cat([modulation.rows(embedding)[:count] for modulation in modulations], dim=-1))
     return torch.cat(packed)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """[B, L, D] scaled (1 is in the scale) and shifted by [B, 1, D] each."""
-    return torch.addcmul(shift, x, scale)
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm over the last dimension, without parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
-
-
-def add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """Tokens [B, L, D] plus an update of the same shape, gated by [B, 1, D].
-
-    In float16 the sum saturates, as in `diffusers` `FluxTransformerBlock`: one Inf would make the whole image NaN.
-    """
-    x = torch.addcmul(x, gate, update)
-    return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def patches(latents: Tensor, size: int) -> Tensor:
@@ -133,47 +127,26 @@ class TimeTextEmbedding(nn.Module):
         return embedding
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of [B, L, heads, head dim] by cosines and sines [2, L, head dim / 2] (Su et al. 2021).
-
-    Computed in float32, the dtype of the table, and rounded once.
-    """
-    cos, sin = rotary.unsqueeze(2)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of [B, L, heads, head dim] each -> [B, L, D]."""
-    x: Tensor = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return x.transpose(1, 2).flatten(2)
-
-
-class Projections(nn.Module):
+class Projections(Packing):
     """What turns tokens into queries, keys and values."""
+
+    PACKS: ClassVar[tuple[tuple[str, ...], ...]] = (QKV,)
 
     def __init__(self, dim: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.head_dim = dim // heads
+        self.heads, self.head_dim = heads, dim // heads
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.norm_q, self.norm_k = self.norms(qk_norm)
 
-    def norms(self, qk_norm: bool) -> list[nn.Module]:
+    def norms(self, qk_norm: bool) -> list[nn.RMSNorm | None]:
         """For each head of the queries and of the keys."""
-        return [nn.RMSNorm(self.head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2)]
+        return [nn.RMSNorm(self.head_dim, eps=ops.EPS) if qk_norm else None for _ in range(2)]
 
-    def heads(self, x: Tensor, projection: nn.Module, norm: nn.Module, rotary: Tensor | None) -> Tensor:
-        """[B, L, D] -> [B, L, heads, head dim], projected, normalised and rotated."""
-        x = norm(projection(x).unflatten(-1, (-1, self.head_dim)))
-        return x if rotary is None else rotate(x, rotary)
-
-    def qkv(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, rotary: Tensor | None) -> ops.QKV:
         """Of tokens [B, L, D], [B, L, heads, head dim] each."""
-        q, k = self.heads(x, self.to_q, self.norm_q, rotary), self.heads(x, self.to_k, self.norm_k, rotary)
-        return q, k, self.to_v(x).unflatten(-1, (-1, self.head_dim))
+        return ops.qk_norm_rope(self.project(x, QKV, self.heads), self.norm_q, self.norm_k, rotary)
 
 
 class SelfAttention(Projections):
@@ -185,10 +158,13 @@ class SelfAttention(Projections):
 
     def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        x = attend(*self.qkv(x, rotary))
+        x = ops.attention(*self.qkv(x, rotary))
         for projection in self.to_out:
             x = projection(x)
         return x
+
+
+TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 class JointAttention(Projections):
@@ -196,6 +172,8 @@ class JointAttention(Projections):
 
     Source: `diffusers` `JointAttnProcessor2_0` (image first), `FluxAttnProcessor` (text first).
     """
+
+    PACKS = (QKV, TEXT_QKV)
 
     def __init__(self, dim: int, heads: int, qk_norm: bool, text_first: bool, text_out: bool) -> None:
         super().__init__(dim, heads, qk_norm)
@@ -207,24 +185,16 @@ class JointAttention(Projections):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.to_add_out = nn.Linear(dim, dim) if text_out else None
 
-    def text_qkv(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def text_qkv(self, x: Tensor, rotary: Tensor | None) -> ops.QKV:
         """`qkv` of the text."""
-        q = self.heads(x, self.add_q_proj, self.norm_added_q, rotary)
-        k = self.heads(x, self.add_k_proj, self.norm_added_k, rotary)
-        return q, k, self.add_v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return ops.qk_norm_rope(self.project(x, TEXT_QKV, self.heads), self.norm_added_q, self.norm_added_k, rotary)
 
     def forward(self, image: Tensor, text: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Image [B, image tokens, D] and text [B, text tokens, D] -> the same, no text without `text_out`.
-
-        Joined by `torch.cat`, not by writing into slices of a buffer: uncompiled on a CPU both take the same time, but
-        Inductor lets what it fuses write straight into the result, and a graph gets one node, not a scatter per slice.
-        """
+        """Image [B, image tokens, D] and text [B, text tokens, D] -> the same, no text without `text_out`."""
         kinds = [(image, self.qkv), (text, self.text_qkv)][:: -1 if self.text_first else 1]
-        sizes = [x.shape[1] for x, _ in kinds]
-        tables = (None, None) if rotary is None else rotary.split(sizes, dim=1)
-        parts = [qkv(x, table) for (x, qkv), table in zip(kinds, tables, strict=True)]
-        joined = attend(*(torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)))
-        image, text = joined.split(sizes, dim=1)[:: -1 if self.text_first else 1]
+        tables = (None, None) if rotary is None else rotary.split([x.shape[1] for x, _ in kinds], dim=1)
+        first, second = (qkv(x, table) for (x, qkv), table in zip(kinds, tables, strict=True))
+        image, text = ops.joint_attention(first, second)[:: -1 if self.text_first else 1]
         return self.to_out[0](image), None if self.to_add_out is None else self.to_add_out(text)
 
 
@@ -255,26 +225,34 @@ class JointBlock(nn.Module):
         self, image: Tensor, text: Tensor, modulation: Tensor, rotary: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, image tokens, D], [B, text tokens, D], [B, M] -> image and text."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(modulation)
-        if self.ff_context is None:
-            text_scale, text_shift = self.norm1_context(modulation)
-        else:
-            text_shift, text_scale, text_gate, *text_ff = self.norm1_context(modulation)
-        normed = layer_norm(image)
-        to_image, to_text = self.attn(
-            modulate(normed, shift, scale), modulate(layer_norm(text), text_shift, text_scale), rotary
-        )
+        of_image, of_text = self.norm1.own(modulation), self.norm1_context.own(modulation)
+        both: tuple[Tensor, Tensor] = self.body(image, text, of_image, of_text, rotary)
+        return both
 
-        image = add(image, gate, to_image)
+    def body(
+        self, image: Tensor, text: Tensor, of_image: Tensor, of_text: Tensor, rotary: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, image tokens, D], [B, text tokens, D], `Modulation.own` of each -> image and text."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *dual = self.norm1(of_image)
+        if self.ff_context is None:
+            text_scale, text_shift = self.norm1_context(of_text)
+        else:
+            text_shift, text_scale, text_gate, *text_ff = self.norm1_context(of_text)
+        second = [(dual[0], dual[1])] if dual else []
+        normed, *normed_again = ops.modulate(image, (shift, scale), *second)
+        (normed_text,) = ops.modulate(text, (text_shift, text_scale))
+        to_image, to_text = self.attn(normed, normed_text, rotary)
+
         if self.attn2 is not None:
-            shift, scale, gate = dual
-            image = add(image, gate, self.attn2(modulate(normed, shift, scale)))
-        image = add(image, gate_ff, self.ff(modulate(layer_norm(image), shift_ff, scale_ff)))
+            image = ops.gate_residual(image, gate, to_image)
+            gate, to_image = dual[2], self.attn2(*normed_again)
+        image, normed = ops.gate_residual_modulate(image, gate, to_image, shift_ff, scale_ff)
+        image = ops.gate_residual(image, gate_ff, self.ff(normed))
 
         if self.ff_context is not None:
             shift_ff, scale_ff, gate_ff = text_ff
-            text = add(text, text_gate, to_text)
-            text = add(text, gate_ff, self.ff_context(modulate(layer_norm(text), shift_ff, scale_ff)))
+            text, normed = ops.gate_residual_modulate(text, text_gate, to_text, shift_ff, scale_ff)
+            text = ops.gate_residual(text, gate_ff, self.ff_context(normed))
         return image, text
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastsd import ops
 from fastsd.denoisers.layers import (
     Attention,
     Downsample,
@@ -256,7 +257,7 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             x = up(x, modulation, context, skips)
 
-        prediction: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        prediction: Tensor = self.conv_out(ops.group_norm_silu(x, self.conv_norm_out))
         return prediction
 
 

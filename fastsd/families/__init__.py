@@ -97,6 +97,8 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, only: Collect
     import transformers
     from diffusers import AutoencoderKL
 
+    from fastsd.denoisers import layout
+
     module = family(source.index["_class_name"])
     name, denoiser_class = module.DENOISER
     present = [encoder for encoder in module.ENCODERS if not _left_out(source, encoder)]
@@ -134,6 +136,8 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, only: Collect
     for component, part in {**text_encoders, name: denoiser, "vae": vae}.items():
         if only is None or component in only:
             source.load(part, component, _vae_dtype(module, dtype) if part is vae else dtype, device)
+            if part is denoiser:
+                layout(denoiser)
     return components
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Array = Any
 Noise = Callable[[tuple[int, ...]], Array]
 Denoiser = Callable[[Array, int], Array]
+Reading = Literal["latents", "denoised", "finite"]
 
 
 class Step:
@@ -29,7 +30,7 @@ class Step:
         total: rows of the longest table.
     """
 
-    def __init__(self, index: int, total: int, read: Callable[[int, bool], Array]) -> None:
+    def __init__(self, index: int, total: int, read: Callable[[int, Reading], Array]) -> None:
         self.index = index
         self.total = total
         self._read = read
@@ -37,11 +38,16 @@ class Step:
     @property
     def latents(self) -> Array:
         """A copy of the latents after this row, [batch, ...]."""
-        return self._read(self.index, False)
+        return self._read(self.index, "latents")
 
     def denoised(self) -> Array:
         """The row's estimate of the clean latents, [batch, ...]; for a finished image its latents."""
-        return self._read(self.index, True)
+        return self._read(self.index, "denoised")
+
+    def finite(self) -> list[bool]:
+        """Whether each image's latents are finite, [batch]; waits for the device."""
+        flags: list[bool] = self._read(self.index, "finite").tolist()
+        return flags
 
 
 def stack_timesteps(tables: Sequence[StepTable]) -> Float64:
@@ -89,12 +95,17 @@ def denoise(
     Raises:
         InputError: the numbers of tables, noises and images differ, or `guidance_rescale` is not from 0 to 1.
     """
+    check(latents, tables, noise, guidance_rescale)
+    return _run(denoiser, latents, list(tables), list(noise), guidance_rescale)
+
+
+def check(latents: Array, tables: Sequence[StepTable], noise: Sequence[Noise], guidance_rescale: float) -> None:
+    """Refuse arguments of `denoise`; it says which."""
     _check_batch(latents, tables)
     if len(noise) != len(tables):
         raise InputError(f"one noise source per image is needed: {len(noise)} for {len(tables)} images")
     if not 0 <= guidance_rescale <= 1:
         raise InputError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale}")
-    return _run(denoiser, latents, list(tables), list(noise), guidance_rescale)
 
 
 def row_by_row(denoiser: Callable[..., Array]) -> Callable[..., Iterator[Step]]:
@@ -129,17 +140,17 @@ def _run(
     as_it_is = len(groups) == 1 and not guided and bool((tables[0].input_scale == 1).all())
     row = 0
 
-    def read(index: int, estimate: bool) -> Array:
+    def read(index: int, what: Reading) -> Array:
         if index != row:  # its buffers are in use again
             raise RuntimeError(f"step {index} is past: read it before asking for the next step")
         result = ops.zeros((batch, size))
         for group in groups:
-            if estimate and row < group.rows:
+            if what == "denoised" and row < group.rows:
                 a, b = group.table.denoised[row].tolist()
                 ops.assign(result[group.images], group.state(row) * a + group.prediction(row) * b)
             else:
                 ops.assign(result[group.images], group.state(row + 1))
-        return result.reshape(batch, *shape)
+        return ops.finite(result) if what == "finite" else result.reshape(batch, *shape)
 
     for row in range(total):
         if as_it_is:
@@ -304,6 +315,9 @@ class _Numpy:
     def deviation(self, x: Array) -> Any:
         return x.std(ddof=1)
 
+    def finite(self, x: Array) -> Array:
+        return np.isfinite(x).all(1)
+
 
 class _Torch:
     """The same for tensors on any device."""
@@ -357,3 +371,6 @@ class _Torch:
 
     def deviation(self, x: Array) -> Any:
         return x.std()
+
+    def finite(self, x: Array) -> Array:
+        return x.isfinite().all(1)

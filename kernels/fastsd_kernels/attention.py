@@ -22,11 +22,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from fastsd_kernels import configs
 from fastsd_kernels.configs import Config
-from fastsd_kernels.launch import Variant, check, jit, run, tl, use_kernel
+from fastsd_kernels.launch import Variant, check, jit, known, run, tl, use_kernel
 
 # Head dimension -> its two parts, powers of two of at least 16 (or none); the second of 40 is half empty.
 SPLITS = {40: (32, 16), 64: (64, 0), 80: (64, 16), 128: (128, 0), 160: (128, 32)}
@@ -196,7 +197,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Config) -> None
         **constants(dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        TAIL=keys % config.block_n != 0,
+        TAIL=not known(keys % config.block_n == 0),
         UNIT=unit,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -247,7 +248,7 @@ def choose(q: Tensor, keys: int, op: str) -> Config | None:
     return None if config is None or config.route == "sdpa" else config
 
 
-@torch.library.triton_op("fastsd::attention", mutates_args={})
+@triton_op("fastsd::attention", mutates_args={})
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of q [B, Sq, H, D] to k and v [B, Sk, H, D]: [B, Sq, H, D], contiguous.
 
@@ -266,7 +267,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@torch.library.triton_op("fastsd::attention_out", mutates_args={"out"})
+@triton_op("fastsd::attention_out", mutates_args={"out"})
 def attention_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """As `attention`, into `out` [B, Sq, H, D], which may be columns of a larger buffer.
 

@@ -24,11 +24,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from fastsd_kernels import configs
 from fastsd_kernels.attention import finish, load_tile, strides
-from fastsd_kernels.launch import TYPES, Variant, check, jit, run, tl, use_kernel
+from fastsd_kernels.launch import TYPES, Variant, check, jit, known, run, tl, use_kernel
 from fastsd_kernels.quantize_qkv import BLOCK, COLUMNS, HALVES, ORDER, ROWS, check_float8
 
 PLACES = sorted(range(16), key=ORDER.__getitem__)  # of 16 tokens
@@ -296,7 +297,7 @@ def launch(
         UNIT=unit,
         FLOAT8=v_exponent is not None,
         JOINT=means.shape[2] == 2,
-        TAIL=text % BLOCK != 0 or image % BLOCK != 0,
+        TAIL=not (known(text % BLOCK == 0) and known(image % BLOCK == 0)),
         num_warps=WARPS,
         num_stages=STAGES,
     )
@@ -308,7 +309,7 @@ def constants(dim: int) -> dict[str, int]:
     return dict(zip(names, (dim, *COLUMNS[dim], *ROWS[dim], BLOCK_M, BLOCK), strict=True))
 
 
-@torch.library.triton_op("fastsd::attention_int8", mutates_args={})
+@triton_op("fastsd::attention_int8", mutates_args={})
 def attention_int8(
     q8: Tensor, k8: Tensor, q_scale: Tensor, k_scale: Tensor, means: Tensor, v: Tensor, v_text: Tensor | None = None
 ) -> Tensor:
@@ -339,7 +340,7 @@ def attention_int8(
     return out
 
 
-@torch.library.triton_op("fastsd::attention_int8_out", mutates_args={"out", "out_text"})
+@triton_op("fastsd::attention_int8_out", mutates_args={"out", "out_text"})
 def attention_int8_out(
     q8: Tensor, k8: Tensor, q_scale: Tensor, k_scale: Tensor, means: Tensor, v: Tensor, out: Tensor,
     v_text: Tensor | None, out_text: Tensor | None,
@@ -360,7 +361,7 @@ def attention_int8_out(
         _split(reference_int8(q8, k8, q_scale, k_scale, means, v, v_text), out, out_text)
 
 
-@torch.library.triton_op("fastsd::attention_fp8", mutates_args={})
+@triton_op("fastsd::attention_fp8", mutates_args={})
 def attention_fp8(
     q8: Tensor, k8: Tensor, q_scale: Tensor, k_scale: Tensor, means: Tensor, v8: Tensor, v_exponent: Tensor,
     channels: Tensor, tokens: int, text: int = 0, dtype: torch.dtype = torch.bfloat16,
@@ -396,7 +397,7 @@ def attention_fp8(
     return out
 
 
-@torch.library.triton_op("fastsd::attention_fp8_out", mutates_args={"out", "out_text"})
+@triton_op("fastsd::attention_fp8_out", mutates_args={"out", "out_text"})
 def attention_fp8_out(
     q8: Tensor, k8: Tensor, q_scale: Tensor, k_scale: Tensor, means: Tensor, v8: Tensor, v_exponent: Tensor,
     channels: Tensor, out: Tensor, out_text: Tensor | None,

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from fastsd_kernels.launch import known
+
 TABLE = Path(__file__).with_name("configs.json")
 
 # Most keys of each class of lengths.
@@ -76,8 +78,8 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def length_class(op: str, keys: int) -> str:
-    """The class of a number of keys."""
-    return next(name for name, most in LENGTHS[op].items() if most is None or keys <= most)
+    """The class of a number of keys; of one that is a symbol, the class that has room for all of its values."""
+    return next(name for name, most in LENGTHS[op].items() if most is None or known(keys <= most))
 
 
 def arch(device: torch.device) -> int | None:

@@ -8,12 +8,6 @@ folder of the caller's; `substitute` puts it into traced graphs, so that models 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from fastsd_kernels.launch import check
+from fastsd_kernels import native
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -36,56 +30,18 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def compiler() -> str | None:
-    """The path of a C++ compiler, `CXX` first."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
 def reason() -> str | None:
     """None if the kernel runs on this machine; else the sentence why not."""
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no AVX512-BF16: torch's attention is used"
-    if compiler() is None and _function is None:
-        return "there is no C++ compiler: install g++ or clang++, or name one in CXX"
+    if native.compiler() is None and _function is None:
+        return native.NONE
     return None
 
 
 def build(folder: Path) -> Path:
-    """Compile the kernel into a folder, unless it is there; its name tells source, compiler and processor apart.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
-    """
-    command = compiler()
-    if command is None:
-        raise RuntimeError("there is no C++ compiler: install g++ or clang++, or name one in CXX")
-    key = hashlib.sha256(f"{_version(command)} {FLAGS} {_processor()}".encode() + SOURCE.read_bytes()).hexdigest()
-    path = folder / f"cpu_attention-{key[:24]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # a killed compiler leaves nothing under the name
-            made = Path(work, path.name)
-            done = subprocess.run([command, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{command} failed on {SOURCE.name}: {done.stderr.strip()[-500:]}")
-            os.replace(made, path)
-    return path
-
-
-@functools.cache
-def _version(command: str) -> str:
-    return subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
-
-
-@functools.cache
-def _processor() -> str:
-    """What `-march=native` goes by."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return " ".join(sorted({line for line in lines if line.startswith(("flags", "model", "vendor_id"))}))
+    """Compile the kernel into a folder, unless it is there; see `native.build`."""
+    return native.build(SOURCE, FLAGS, folder)
 
 
 def load(path: Path) -> None:
@@ -106,7 +62,6 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("fastsd::cpu_attention", mutates_args=())
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Non-causal attention: q [B, Lq, H, D], k and v [B, Lk, H, D] -> [B, Lq, H, D], bfloat16, D even and at most 160.
 
@@ -117,11 +72,13 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         RuntimeError: the kernel was not loaded, or memory is short.
         ValueError: a shape or dtype is another.
     """
-    check(takes(q, k, v), f"q, k and v must be bfloat16 on the CPU with an even head dimension up to {MAX_DIM}.")
+    if not takes(q, k, v):
+        raise ValueError(f"q, k and v must be bfloat16 on the CPU with an even head dimension up to {MAX_DIM}.")
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
-    check(k.shape == v.shape == (batch, keys, heads, dim), f"k is {list(k.shape)} and v {list(v.shape)}.")
-    check(keys > 0, "There must be at least one key.")
+    if not k.shape == v.shape == (batch, keys, heads, dim) or keys == 0:
+        wanted = [batch, "keys > 0", heads, dim]
+        raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}; both must be {wanted}.")
     if _function is None:
         raise RuntimeError("the attention kernel of the CPU is not loaded: call fastsd_kernels.cpu_attention.load")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -134,9 +91,15 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(q.shape)
+
+
+# `custom_op` would import Dynamo at the first call, a second of a cold start.
+_LIBRARY = torch.library.Library("fastsd", "FRAGMENT")
+_LIBRARY.define("cpu_attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+_LIBRARY.impl("cpu_attention", cpu_attention, "CPU")
+torch.library.register_fake("fastsd::cpu_attention", _fake, lib=_LIBRARY)
 
 
 _TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from fastsd_kernels import attention, configs
 from fastsd_kernels.attention import (
@@ -27,7 +28,7 @@ from fastsd_kernels.attention import (
     strides,
 )
 from fastsd_kernels.configs import Config
-from fastsd_kernels.launch import Variant, jit, run, tl
+from fastsd_kernels.launch import Variant, jit, known, run, tl
 
 __all__ = ["VARIANTS", "cross_attention", "cross_attention_out", "launch", "reference"]
 
@@ -128,7 +129,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Config) -> None
         return
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
-    n0, n1 = PARTS[min(most for most in PARTS if keys <= most)]
+    # The first part is full, if there is a second.
+    n0, n1 = next((n0, n1) for most, (n0, n1) in PARTS.items() if known(keys <= most) and (not n1 or known(keys >= n0)))
     unit, (q_strides, k_strides, v_strides, o_strides) = strides(q, k, v, out)
     run(
         _cross_attention_kernel,
@@ -155,7 +157,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: Config) -> None
     )
 
 
-@torch.library.triton_op("fastsd::cross_attention", mutates_args={})
+@triton_op("fastsd::cross_attention", mutates_args={})
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `attention`, for few keys: q [B, Sq, H, D], k and v [B, Sk, H, D] -> [B, Sq, H, D], contiguous.
 
@@ -171,7 +173,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@torch.library.triton_op("fastsd::cross_attention_out", mutates_args={"out"})
+@triton_op("fastsd::cross_attention_out", mutates_args={"out"})
 def cross_attention_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """As `cross_attention`, into `out` [B, Sq, H, D], which may be columns of a larger buffer.
 

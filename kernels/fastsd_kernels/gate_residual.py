@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The gated residual of a transformer block, in place, alone or with the layer norm and modulation that follow it.
+"""The gated residual of a transformer block, alone or with the layer norm and modulation that follow it.
 
 Alone it is pointwise over tiles of 8 tokens by 256 columns: 6 bytes an element in bf16, 2 FLOPs. With what follows, a
 program holds whole rows, and the sum is not read again: 8 bytes an element in place of 10.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from fastsd_kernels import modulate as following
 from fastsd_kernels.launch import TYPES, Variant, check, jit, run, tl, use_kernel
@@ -21,19 +22,19 @@ WARPS = 4
 MOST = torch.finfo(torch.float16).max
 
 
-def reference(x: Tensor, gate: Tensor, update: Tensor) -> None:
+def reference(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """`gate_residual` in plain torch, in at least float32, rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     total = torch.addcmul(x.to(wide), gate.to(wide).unsqueeze(1), update.to(wide))
-    x.copy_(total.clamp(-MOST, MOST) if x.dtype == torch.float16 else total)
+    return (total.clamp(-MOST, MOST) if x.dtype == torch.float16 else total).to(x.dtype)
 
 
 def reference_modulate(
     x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, scale_offset: float = 1.0
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`gate_residual_modulate` in plain torch."""
-    reference(x, gate, update)
-    return following.reference(x, shift, scale, eps, scale_offset)
+    total = reference(x, gate, update)
+    return total, following.reference(total, shift, scale, eps, scale_offset)
 
 
 @jit
@@ -47,16 +48,19 @@ def gated_sum(x, gate, update, SATURATE: tl.constexpr):
 
 @jit
 def _gate_residual_kernel(
+    x,
     gate,
     update,
     length,
     width,
+    x_batch,
+    x_row,
     gate_batch,
     update_batch,
     update_row,
-    x_batch,
-    x_row,
-    x,
+    total_batch,
+    total_row,
+    total,
     SATURATE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,31 +71,34 @@ def _gate_residual_kernel(
     mask = (rows < length) & (columns < width)
     factor = tl.load(gate + image * gate_batch + columns, columns < width, 0.0).to(tl.float32)
     change = tl.load(update + image * update_batch + rows * update_row + columns, mask, 0.0).to(tl.float32)
-    target = x + image * x_batch + rows * x_row + columns
-    total = gated_sum(tl.load(target, mask, 0.0).to(tl.float32), factor, change, SATURATE)
-    tl.store(target, total.to(x.dtype.element_ty), mask)
+    values = tl.load(x + image * x_batch + rows * x_row + columns, mask, 0.0).to(tl.float32)
+    values = gated_sum(values, factor, change, SATURATE)
+    tl.store(total + image * total_batch + rows * total_row + columns, values.to(total.dtype.element_ty), mask)
 
 
 @jit
 def _gate_residual_modulate_kernel(
+    x,
     gate,
     update,
     shift,
     scale,
     length,
     width,
+    x_batch,
+    x_row,
     gate_batch,
     update_batch,
     update_row,
     shift_batch,
     scale_batch,
-    x_batch,
-    x_row,
+    total_batch,
+    total_row,
     out_batch,
     out_row,
     eps,
     scale_offset,
-    x,
+    total,
     out,
     SATURATE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,23 +113,23 @@ def _gate_residual_modulate_kernel(
     offset = tl.load(shift + image * shift_batch + columns, mask, 0.0).to(tl.float32)
     for row in range(first, tl.minimum(first + ROWS, length)):
         change = tl.load(update + image * update_batch + row * update_row + columns, mask, 0.0).to(tl.float32)
-        target = x + image * x_batch + row * x_row + columns
-        total = gated_sum(tl.load(target, mask, 0.0).to(tl.float32), gates, change, SATURATE).to(x.dtype.element_ty)
-        tl.store(target, total, mask)
+        values = tl.load(x + image * x_batch + row * x_row + columns, mask, 0.0).to(tl.float32)
+        rounded = gated_sum(values, gates, change, SATURATE).to(total.dtype.element_ty)
+        tl.store(total + image * total_batch + row * total_row + columns, rounded, mask)
         # Of the rounded sum, as the two operations one after the other.
-        values = normalise(total.to(tl.float32), mask, width, eps) * factor + offset
+        values = normalise(rounded.to(tl.float32), mask, width, eps) * factor + offset
         tl.store(out + image * out_batch + row * out_row + columns, values.to(out.dtype.element_ty), mask)
 
 
-def launch(gate: Tensor, update: Tensor, x: Tensor) -> None:
-    """`gate_residual`."""
+def launch(x: Tensor, gate: Tensor, update: Tensor, total: Tensor) -> None:
+    """`gate_residual` into `total`, which may be x itself, or a slice of something larger."""
     batch, length, width = x.shape
     grid = (-(-length // CONFIGURATION["ROWS"]), -(-width // CONFIGURATION["BLOCK"]), batch)
-    strides = (gate.stride(0), update.stride(0), update.stride(1), x.stride(0), x.stride(1))
+    strides = (x.stride(0), x.stride(1), gate.stride(0), update.stride(0), update.stride(1))
     run(
         _gate_residual_kernel,
         grid,
-        *(gate, update, length, width, *strides, x),
+        *(x, gate, update, length, width, *strides, total.stride(0), total.stride(1), total),
         num_warps=WARPS,
         SATURATE=x.dtype == torch.float16,
         **CONFIGURATION,
@@ -130,24 +137,25 @@ def launch(gate: Tensor, update: Tensor, x: Tensor) -> None:
 
 
 def launch_modulate(
+    x: Tensor,
     gate: Tensor,
     update: Tensor,
     shift: Tensor,
     scale: Tensor,
     eps: float,
     scale_offset: float,
-    x: Tensor,
+    total: Tensor,
     out: Tensor,
 ) -> None:
-    """`gate_residual_modulate` into `out`, which may be a slice of something larger."""
+    """`gate_residual_modulate` into `total`, which may be x itself, and `out`; both may be slices."""
     batch, length, width = x.shape
     constexprs, warps = following.configuration(batch * length, width)
     run(
         _gate_residual_modulate_kernel,
         (-(-length // constexprs["ROWS"]) if width else 0, batch),
-        *(gate, update, shift, scale, length, width),
+        *(x, gate, update, shift, scale, length, width, x.stride(0), x.stride(1)),
         *(gate.stride(0), update.stride(0), update.stride(1), shift.stride(0), scale.stride(0)),
-        *(x.stride(0), x.stride(1), out.stride(0), out.stride(1), eps, scale_offset, x, out),
+        *(total.stride(0), total.stride(1), out.stride(0), out.stride(1), eps, scale_offset, total, out),
         num_warps=warps,
         SATURATE=x.dtype == torch.float16,
         **constexprs,
@@ -166,30 +174,34 @@ def check_arguments(x: Tensor, gate: Tensor, update: Tensor) -> None:
     check(update.device == x.device, f"update is on {update.device}; it must be on {x.device}, as x.")
 
 
-@torch.library.triton_op("fastsd::gate_residual", mutates_args={"x"})
-def gate_residual(x: Tensor, gate: Tensor, update: Tensor) -> None:
-    """`x += gate * update`, in place, computed in float32; in float16 it saturates.
+@triton_op("fastsd::gate_residual", mutates_args={})
+def gate_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """`x + gate * update`, computed in float32; in float16 it saturates.
 
     Args:
         x: [batch, tokens, width], any strides whose last is 1.
         gate: [batch, width], may be columns of a packed row.
         update: as x, with strides of its own.
 
+    Returns:
+        As x, contiguous.
+
     Raises:
         ValueError: shapes, strides or devices do not fit.
     """
     check_arguments(x, gate, update)
-    if use_kernel(x):
-        launch(gate, update, x)
-    else:
-        reference(x, gate, update)
+    if not use_kernel(x):
+        return reference(x, gate, update)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(x, gate, update, total)
+    return total
 
 
-@torch.library.triton_op("fastsd::gate_residual_modulate", mutates_args={"x"})
+@triton_op("fastsd::gate_residual_modulate", mutates_args={})
 def gate_residual_modulate(
     x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, scale_offset: float = 1.0
-) -> Tensor:
-    """`gate_residual(x, gate, update)`, then `modulate(x, shift, scale, eps, scale_offset)`, with the same results.
+) -> tuple[Tensor, Tensor]:
+    """`total = gate_residual(x, gate, update)` and `modulate(total, shift, scale, eps, scale_offset)`, bit for bit.
 
     Raises:
         ValueError: shapes, strides or devices do not fit.
@@ -198,15 +210,16 @@ def gate_residual_modulate(
     following.check_arguments(x, shift=shift, scale=scale)
     if not use_kernel(x):
         return reference_modulate(x, gate, update, shift, scale, eps, scale_offset)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch_modulate(gate, update, shift, scale, eps, scale_offset, x, out)
-    return out
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    launch_modulate(x, gate, update, shift, scale, eps, scale_offset, total, out)
+    return total, out
 
 
 def _variants(dtype: torch.dtype) -> list[Variant]:
     kind, saturate = TYPES[dtype], {"SATURATE": dtype == torch.float16}
-    pointers = {"gate": f"*{kind}", "update": f"*{kind}", "x": f"*{kind}"}
-    strides = dict.fromkeys(("gate_batch", "update_batch", "update_row", "x_batch", "x_row"), "i32:16")
+    pointers = dict.fromkeys(("x", "gate", "update", "total"), f"*{kind}")
+    names = ("x_batch", "x_row", "gate_batch", "update_batch", "update_row", "total_batch", "total_row")
+    strides = dict.fromkeys(names, "i32:16")
     signature = {**pointers, **strides, "length": "i32", "width": "i32:16"}
     more = {
         **dict.fromkeys(("shift", "scale", "out"), f"*{kind}"),

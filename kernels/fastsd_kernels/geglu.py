@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from fastsd_kernels.launch import TYPES, Variant, check, jit, run, tl, use_kernel
@@ -44,7 +45,7 @@ def launch(x: Tensor, out: Tensor) -> None:
     run(_geglu_kernel, grid, x, length, inner, *strides, out, num_warps=WARPS, **CONFIGURATION)
 
 
-@torch.library.triton_op("fastsd::geglu", mutates_args={})
+@triton_op("fastsd::geglu", mutates_args={})
 def geglu(x: Tensor) -> Tensor:
     """`value * gelu(gate)` with GELU by the error function, computed in float32.
 

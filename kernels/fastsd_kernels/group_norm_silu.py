@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from fastsd_kernels.launch import TYPES, Variant, check, jit, next_power_of_2, run, tl, use_kernel
@@ -253,7 +254,7 @@ def one_stride(x: Tensor) -> bool:
     return x.shape[2] < 2 or x.stride(2) == x.shape[3] * x.stride(3)
 
 
-@torch.library.triton_op("fastsd::group_norm_silu", mutates_args={})
+@triton_op("fastsd::group_norm_silu", mutates_args={})
 def group_norm_silu(
     x: Tensor,
     groups: int,

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from fastsd_kernels.attention import check_attention, constants, reference, strides
 from fastsd_kernels.configs import Config
@@ -115,7 +116,7 @@ def fits(*tensors: Tensor) -> bool:
     return unit == 8 and all(row > 0 for _, row, _ in in_unit) and all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
-@torch.library.custom_op("fastsd::attention_hopper", mutates_args={"out"})
+@custom_op("fastsd::attention_hopper", mutates_args={"out"})
 def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block_n: int, num_stages: int) -> None:
     """As `attention_out`, with a head dimension of 64 or 128, in tiles of `block_n` keys; torch's SDPA off Hopper.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from fastsd_kernels.attention import (
     attend,
@@ -26,7 +27,7 @@ from fastsd_kernels.attention import (
 )
 from fastsd_kernels.attention import reference as attention_reference
 from fastsd_kernels.configs import Config
-from fastsd_kernels.launch import check, jit, run, tl
+from fastsd_kernels.launch import check, jit, known, run, tl
 
 STREAMS = ("text", "image")
 
@@ -110,8 +111,8 @@ def launch(
         **constants(dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        TAIL_TEXT=text % config.block_n != 0,
-        TAIL_IMAGE=image % config.block_n != 0,
+        TAIL_TEXT=not known(text % config.block_n == 0),
+        TAIL_IMAGE=not known(image % config.block_n == 0),
         UNIT=unit,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -137,7 +138,7 @@ def check_joint(inputs: tuple[Tensor, ...], outs: tuple[Tensor, ...] = ()) -> No
     )
 
 
-@torch.library.triton_op("fastsd::joint_attention", mutates_args={})
+@triton_op("fastsd::joint_attention", mutates_args={})
 def joint_attention(
     q_text: Tensor, k_text: Tensor, v_text: Tensor, q_image: Tensor, k_image: Tensor, v_image: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ def joint_attention(
     return text, image
 
 
-@torch.library.triton_op("fastsd::joint_attention_out", mutates_args={"out_text", "out_image"})
+@triton_op("fastsd::joint_attention_out", mutates_args={"out_text", "out_image"})
 def joint_attention_out(
     q_text: Tensor, k_text: Tensor, v_text: Tensor, q_image: Tensor, k_image: Tensor, v_image: Tensor,
     out_text: Tensor, out_image: Tensor,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 try:
     import triton  # type: ignore[import-untyped, unused-ignore]
@@ -26,6 +27,7 @@ __all__ = [
     "Variant",
     "check",
     "jit",
+    "known",
     "next_power_of_2",
     "run",
     "tl",
@@ -104,8 +106,20 @@ def run(
     if 0 in grid:
         return
     if not INTERPRETED:
-        kernel = torch.library.wrap_triton(kernel)
+        kernel = wrap_triton(kernel)
     kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; one on symbols of a trace only where it holds for all of their values.
+
+    So what depends on it is right for every size, and the trace is not tied to the sizes that it was made with.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def check(condition: bool, message: str) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
-from fastsd_kernels.launch import TYPES, Variant, check, jit, next_power_of_2, run, tl, use_kernel
+from fastsd_kernels.launch import TYPES, Variant, check, jit, known, next_power_of_2, run, tl, use_kernel
 
 ROWS = 4  # tokens of a program, where there are enough of them to fill the chip
 MANY = 2048  # tokens
@@ -69,7 +70,7 @@ def _modulate_kernel(
 def configuration(tokens: int, width: int) -> tuple[dict[str, int], int]:
     """Constexprs and warps for that many tokens of that width."""
     block = next_power_of_2(width)
-    return {"BLOCK": block, "ROWS": ROWS if tokens >= MANY else 1}, min(max(block // 512, 1), 16)
+    return {"BLOCK": block, "ROWS": 1 if known(tokens < MANY) else ROWS}, min(max(block // 512, 1), 16)
 
 
 def launch(x: Tensor, shift: Tensor, scale: Tensor, eps: float, scale_offset: float, out: Tensor) -> None:
@@ -101,7 +102,7 @@ def check_arguments(x: Tensor, **rows: Tensor) -> None:
         check(row.device == x.device, f"{name} is on {row.device}; it must be on {x.device}, as x.")
 
 
-@torch.library.triton_op("fastsd::modulate", mutates_args={})
+@triton_op("fastsd::modulate", mutates_args={})
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, scale_offset: float = 1.0) -> Tensor:
     """`layer_norm(x) * (scale + scale_offset) + shift`, computed in float32.
 

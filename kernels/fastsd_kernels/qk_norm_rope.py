@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 
 from fastsd_kernels.launch import TYPES, Variant, check, jit, next_power_of_2, run, tl, use_kernel
 
@@ -107,7 +108,7 @@ def launch(q_weight: Tensor | None, k_weight: Tensor | None, rotary: Tensor | No
     )
 
 
-@torch.library.triton_op("fastsd::qk_norm_rope", mutates_args={"qkv"})
+@triton_op("fastsd::qk_norm_rope", mutates_args={"qkv"})
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, rotary: Tensor | None, eps: float = 1e-6
 ) -> None:

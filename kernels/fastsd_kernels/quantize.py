@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from fastsd_kernels import modulate as preceding
@@ -130,7 +131,7 @@ def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
-@torch.library.triton_op("fastsd::quantize_rowwise", mutates_args={})
+@triton_op("fastsd::quantize_rowwise", mutates_args={})
 def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Every row as float8 times a scale, the largest magnitude being 448, float8's largest.
 
@@ -155,7 +156,7 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-@torch.library.triton_op("fastsd::quantize_gelu", mutates_args={})
+@triton_op("fastsd::quantize_gelu", mutates_args={})
 def quantize_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rowwise(gelu(x))`, GELU in its tanh form and not rounded in between.
 
@@ -170,7 +171,7 @@ def quantize_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-@torch.library.triton_op("fastsd::quantize_modulate", mutates_args={})
+@triton_op("fastsd::quantize_modulate", mutates_args={})
 def quantize_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, scale_offset: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from fastsd_kernels import configs, qk_norm_rope
@@ -279,7 +280,7 @@ def configuration(dim: int) -> tuple[dict[str, Any], int]:
     return {"FACTOR": _factor(dim), **sizes}, width // 16
 
 
-@torch.library.triton_op("fastsd::quantize_qk", mutates_args={})
+@triton_op("fastsd::quantize_qk", mutates_args={})
 def quantize_qk(
     q: Tensor,
     k: Tensor,
@@ -304,7 +305,7 @@ def quantize_qk(
     return q8, k8, q_scale, k_scale, means
 
 
-@torch.library.triton_op("fastsd::quantize_qkv", mutates_args={})
+@triton_op("fastsd::quantize_qkv", mutates_args={})
 def quantize_qkv(
     q: Tensor,
     k: Tensor,

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import fastsd
-from fastsd import bundle, store
+from fastsd import bundle, integrity, store
 from fastsd.backends import base, tensorrt
 from fastsd.backends import onnx as onnxruntime
 from fastsd.errors import InputError, MissingExtraError, NumericError
@@ -260,7 +260,7 @@ def test_no_file_of_a_bundle_may_change(bundled: Callable[[str], Path], tmp_path
     folder = tmp_path / "bundle"
     shutil.copytree(bundled("sd"), folder)
     rng = np.random.default_rng(0)
-    for name in sorted(store.hash_files(folder)):
+    for name in sorted(integrity.hash_files(folder)):
         if name == bundle.SIGNATURE:
             continue
         path, backend = folder / name, "openvino" if "openvino" in name else "onnx"
@@ -295,7 +295,7 @@ def test_native_engines_need_the_signature_of_this_machine(bundled: Callable[[st
 
     def plant(document: dict[str, Any]) -> None:
         engine = next(one for one in document["variants"][0]["engines"] if one["component"] == "denoiser")
-        engine["files"]["engines/native.so"] = [4, store.hash_files(folder)["engines/native.so"][1]]
+        engine["files"]["engines/native.so"] = [4, integrity.hash_files(folder)["engines/native.so"][1]]
 
     edit(folder, plant)
     with pytest.raises(InputError, match=r"not built on this machine.*--trust"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastsd import bundle, cli, store
+from fastsd import bundle, cli, integrity, store
 
 COMPONENTS = ("denoiser", "prepare", "vae_decoder")
 
@@ -52,14 +52,14 @@ def folder(tmp_path: Path) -> Path:
         (folder / component).mkdir(parents=True)
         (folder / component / "model.onnx").write_bytes(b"\x08\x0a")  # a model of nothing but its version
         (folder / component / "weights.bin").write_bytes(bytes(1000))
-        files = {f"{component}/{name}": value for name, value in store.hash_files(folder / component).items()}
+        files = {f"{component}/{name}": value for name, value in integrity.hash_files(folder / component).items()}
         spec = bundle.TensorSpec("latents", "float32", ("batch", 4, "height", "width"))
         profile = {"batch": (1, 1, 2)}
         path = f"{component}/model.onnx"
         engines.append(bundle.Engine(component, "onnx", path, "float32", (spec,), (spec,), profile, files))
     (folder / "LICENSE").write_text("free")
     plain: dict[str, Any] = {name: {} for name in bundle.Manifest.__dataclass_fields__}
-    plain |= {"name": "demo", "exporter": "0", "files": {"LICENSE": store.hash_files(folder)["LICENSE"]}}
+    plain |= {"name": "demo", "exporter": "0", "files": {"LICENSE": integrity.hash_files(folder)["LICENSE"]}}
     manifest = bundle.Manifest(**{**plain, "variants": (bundle.Variant("onnx", "float32", tuple(engines)),)})
     (folder / bundle.MANIFEST).write_text(manifest.to_json())
     return folder
@@ -214,7 +214,7 @@ def test_a_bundle_that_reads_files_elsewhere(folder: Path, document: Any) -> Non
     model = onnx.ModelProto(graph=onnx.GraphProto(initializer=[weights])).SerializeToString()
     (folder / "denoiser/model.onnx").write_bytes(model)
     manifest = json.loads((folder / "manifest.json").read_text())
-    digest = list(store.hash_files(folder)["denoiser/model.onnx"])
+    digest = list(integrity.hash_files(folder)["denoiser/model.onnx"])
     manifest["variants"][0]["engines"][0]["files"]["denoiser/model.onnx"] = digest
     del manifest["digest"]
     (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": bundle.digest(manifest)}))

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 
-from fastsd import machine, store
+from fastsd import integrity, machine, store
 from fastsd.errors import InputError, MissingExtraError
 
 FIELDS: dict[str, Any] = {"target": "onnx", "component": "denoiser", "profile": {"batch": [1, 2, 4]}}
@@ -526,7 +526,7 @@ def test_hash_files_is_what_sha256sum_says(tmp_path: Path) -> None:
     build(tmp_path)
     (tmp_path / "large").write_bytes(random.Random(3).randbytes(3_000_001))
     (tmp_path / "linked").symlink_to("weights/0.bin")
-    found = store.hash_files(tmp_path)
+    found = integrity.hash_files(tmp_path)
     assert list(found) == sorted([*CONTENT, "large", "linked"])
     listed = subprocess.run(["sha256sum", *found], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert {name: digest for digest, name in map(str.split, listed.splitlines())} == {
@@ -535,9 +535,9 @@ def test_hash_files_is_what_sha256sum_says(tmp_path: Path) -> None:
     assert {name: size for name, (size, _) in found.items()} == {
         name: (tmp_path / name).stat().st_size for name in found
     }
-    store.check_files(tmp_path, found)
+    integrity.check_files(tmp_path, found)
     (tmp_path.parent / "alias").symlink_to(tmp_path)
-    assert store.hash_files(tmp_path.parent / "alias") == found
+    assert integrity.hash_files(tmp_path.parent / "alias") == found
 
 
 def _link_out(folder: Path) -> None:
@@ -570,22 +570,22 @@ def test_check_files_names_the_file(change: Callable[[Path], object], name: str,
     folder = tmp_path / "bundle"
     folder.mkdir()
     build(folder)
-    files = store.hash_files(folder)
+    files = integrity.hash_files(folder)
     change(folder)
-    message = refusal(lambda: store.check_files(folder, files))
+    message = refusal(lambda: integrity.check_files(folder, files))
     assert repr(str(folder / name)) in message and says in message
 
 
 def test_check_files_may_let_others_be(tmp_path: Path) -> None:
     build(tmp_path)
-    files = store.hash_files(tmp_path)
+    files = integrity.hash_files(tmp_path)
     some = {"model.onnx": files["model.onnx"]}
-    store.check_files(tmp_path, some, besides=["weights/0.bin", "weights/empty", "absent"])
-    store.check_files(tmp_path, some, besides=None)
-    assert "weights/0.bin" in refusal(lambda: store.check_files(tmp_path, some))
+    integrity.check_files(tmp_path, some, besides=["weights/0.bin", "weights/empty", "absent"])
+    integrity.check_files(tmp_path, some, besides=None)
+    assert "weights/0.bin" in refusal(lambda: integrity.check_files(tmp_path, some))
     flip(tmp_path / "model.onnx", 0)
-    store.check_files(tmp_path, files, checksums=False)
-    assert "cannot read the folder" in refusal(lambda: store.check_files(tmp_path / "nothing", files))
+    integrity.check_files(tmp_path, files, checksums=False)
+    assert "cannot read the folder" in refusal(lambda: integrity.check_files(tmp_path / "nothing", files))
 
 
 NAMES_OUTSIDE = ["", ".", "..", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "C:x", "C:/x", "a\0b"]
@@ -593,7 +593,7 @@ NAMES_OUTSIDE = ["", ".", "..", "/etc/passwd", "../x", "a/../../x", "a//b", "./a
 
 @pytest.mark.parametrize("name", NAMES_OUTSIDE, ids=repr)
 def test_names_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
-    assert "no plain relative path" in refusal(lambda: store.check_files(tmp_path, {name: (0, "")})).replace(
+    assert "no plain relative path" in refusal(lambda: integrity.check_files(tmp_path, {name: (0, "")})).replace(
         "not a plain", "no plain"
     )
 
@@ -779,7 +779,7 @@ def test_every_message_that_holds_tensors_is_read() -> None:
             below = {number: one for number, one in below.items() if leads_to_tensors(one, frozenset())}
             table[kinds[descriptor.name]] = {number: kinds[one.name] for number, one in below.items()}
             pending += below.values()
-    assert {**table, "tensor": {onnx.TensorProto.EXTERNAL_DATA_FIELD_NUMBER: "entry"}} == store._MESSAGES
+    assert {**table, "tensor": {onnx.TensorProto.EXTERNAL_DATA_FIELD_NUMBER: "entry"}} == integrity._MESSAGES
     assert onnx.TensorProto.DATA_LOCATION_FIELD_NUMBER == 14 and onnx.TensorProto.EXTERNAL == 1
 
 
@@ -862,7 +862,7 @@ def as_protobuf_reads(made: Any, path: Path) -> None:
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
     path.write_bytes(made.SerializeToString())
-    found = store.external_files(path)
+    found = integrity.external_files(path)
     assert found == named_by(made)
     assert any(map(uses_external_data, _get_all_tensors(made))) <= bool(found)
 
@@ -887,7 +887,7 @@ def no_mutation_hides_a_file(made: Any, data: st.DataObject, path: Path) -> None
                 content += content[at:]
     path.write_bytes(content)
     try:
-        found = store.external_files(path)
+        found = integrity.external_files(path)
     except InputError as error:
         assert "\n" not in str(error)
         return
@@ -964,25 +964,25 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("data", "says"), MALFORMED.values(), ids=MALFORMED)
 def test_what_is_no_onnx_model(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(data)
-    assert says in refusal(lambda: store.external_files(tmp_path / "model.onnx"))
+    assert says in refusal(lambda: integrity.external_files(tmp_path / "model.onnx"))
 
 
 def test_what_is_no_file_at_all(tmp_path: Path) -> None:
-    assert "cannot read" in refusal(lambda: store.external_files(tmp_path))
-    assert "cannot read" in refusal(lambda: store.external_files(tmp_path / "nothing"))
+    assert "cannot read" in refusal(lambda: integrity.external_files(tmp_path))
+    assert "cannot read" in refusal(lambda: integrity.external_files(tmp_path / "nothing"))
     with open(tmp_path / "large", "wb") as file:
         file.truncate(1 << 31)  # a hole: nothing is on the disk
-    assert "2 GiB" in refusal(lambda: store.external_files(tmp_path / "large"))
+    assert "2 GiB" in refusal(lambda: integrity.external_files(tmp_path / "large"))
 
 
 def test_a_file_counts_though_the_data_is_inside(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(nested(*TENSOR, inside=LOCATION))
-    assert store.external_files(tmp_path / "model.onnx") == {"w.bin"}
+    assert integrity.external_files(tmp_path / "model.onnx") == {"w.bin"}
 
 
 def test_an_engine_in_a_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(nested(7, 1, 4, inside=b"EPContext"))
-    assert "a native engine" in refusal(lambda: store.external_files(tmp_path / "model.onnx"))
+    assert "a native engine" in refusal(lambda: integrity.external_files(tmp_path / "model.onnx"))
 
 
 @pytest.mark.parametrize(
@@ -1007,7 +1007,7 @@ def test_external_data_stays_in_the_bundle(location: str, says: str, tmp_path: P
     files = ["denoiser/model.onnx", "denoiser/weights.bin", "denoiser/more/weights.bin", "weights.bin", "x", "a/b"]
 
     def check() -> None:
-        store.check_external(path, tmp_path, files)
+        integrity.check_external(path, tmp_path, files)
 
     assert says in refusal(check) if says else check() is None  # type: ignore[func-returns-value]
 

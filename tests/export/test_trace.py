@@ -30,6 +30,7 @@ DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 Loaded = Callable[..., tuple[ModuleType, Components]]
 Make = Callable[..., trace.Traced]
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 alone = {"tokenizers": (), "text_encoders": (), "vae": None, "scheduler": {}, "index": {}}
 
 
@@ -87,8 +88,9 @@ def test_prepare_and_step_are_the_denoisers_own_with_nothing_else_loaded(loaded:
 def test_vae_is_that_of_the_straight_line(loaded: Loaded, family: str) -> None:
     _, components = loaded(family)
     decoder, encoder = trace.vae_decoder(components.vae), trace.vae_encoder(components.vae)
-    assert torch.equal(run(decoder)[0], vae.decode(components.vae, decoder.inputs["latents"]))
-    assert torch.equal(run(encoder)[0], vae.encode(components.vae, encoder.inputs["pixels"]))
+    # The straight line runs it channels last, where convolutions sum in another order: 1e-6 was seen.
+    torch.testing.assert_close(run(decoder)[0], vae.decode(components.vae, decoder.inputs["latents"]), **CLOSE)
+    torch.testing.assert_close(run(encoder)[0], vae.encode(components.vae, encoder.inputs["pixels"]), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,7 +23,7 @@ import pytest
 import torch
 from google.protobuf import text_format
 
-from fastsd import bundle, store
+from fastsd import bundle, integrity
 from fastsd.bundle import Engine, TensorSpec, Variant
 from fastsd.errors import InputError
 from fastsd.pipeline import Pipeline
@@ -110,7 +110,7 @@ def test_weights_in_a_file_of_their_own_come_along(bundled: Callable[[str], Path
     path.unlink()
     onnx.save(model, path, save_as_external_data=True, location="weights.data")
     names = (denoiser.path, f"{denoiser.path.rpartition('/')[0]}/weights.data")
-    found = store.hash_files(folder)
+    found = integrity.hash_files(folder)
     moved = dataclasses.replace(denoiser, files={name: found[name] for name in names})
     engines = tuple(moved if one is denoiser else one for one in variant.engines)
     variants = (dataclasses.replace(variant, engines=engines),)
@@ -133,12 +133,12 @@ def test_the_model_that_makes_images(repository: Path, bundled: Callable[[str], 
     inside = repository / "fastsd" / "1" / "bundle"
     manifest, whole = bundle.read(inside), bundle.read(bundled("sd"))
     assert manifest.files == whole.files and manifest.samplers == whole.samplers
-    store.check_files(inside, manifest.files, besides=[bundle.MANIFEST])
+    integrity.check_files(inside, manifest.files, besides=[bundle.MANIFEST])
     [variant] = manifest.variants
     assert (variant.target, variant.precision) == ("onnx", "float32")
     for engine in variant.engines:  # their models hold the files of the bundle
         path = repository / engine.options["model"] / "1" / "model.onnx"
-        assert store.hash_files(path.parent)["model.onnx"] == engine.files[engine.path]
+        assert integrity.hash_files(path.parent)["model.onnx"] == engine.files[engine.path]
 
 
 def test_it_is_written_again_whole_or_not_at_all(
@@ -148,7 +148,7 @@ def test_it_is_written_again_whole_or_not_at_all(
     first = triton_repo.write(bundled("sd"), out, name="cats")
     assert [path.name for path in first] == [path.name.replace("fastsd", "cats", 1) for path in _models(repository)]
     assert all((path / "config.pbtxt").is_file() for path in first)
-    before = store.hash_files(out)
+    before = integrity.hash_files(out)
 
     def full(path: Any, *_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(path))
@@ -160,7 +160,7 @@ def test_it_is_written_again_whole_or_not_at_all(
     with monkeypatch.context() as patched:
         patched.setattr(os, "link", full)  # a file system without links
         triton_repo.write(bundled("sd"), out, name="cats")
-    assert store.hash_files(out) == before
+    assert integrity.hash_files(out) == before
     triton_repo.write(bundled("sd"), out)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in repository.iterdir())
     assert list(tmp_path.iterdir()) == [out]
@@ -256,7 +256,7 @@ def test_plans_get_the_graph_of_the_denoiser(option: str, bundled: Callable[[str
             tuple(dataclasses.replace(one, dtype="bfloat16" if one.name in BFLOAT16 else one.dtype) for one in specs)
             for specs in (engine.inputs, engine.outputs)
         ]
-        files = {path: store.hash_files(folder)[path]}
+        files = {path: integrity.hash_files(folder)[path]}
         options = {option: True} if option else {}
         return Engine(engine.component, "tensorrt", path, "bfloat16", *low, engine.profile, files, options)
 

@@ -171,13 +171,12 @@ class AllOps(torch.nn.Module):
         qkv = torch.cat([normed] * 3, dim=-1).unflatten(-1, (3, 2, -1))
         qk_norm_rope(qkv, torch.ones(qkv.shape[-1]), torch.ones(qkv.shape[-1]), rotary)
         update = geglu_op(torch.cat([normed, x], dim=-1)) + qkv.sum(2).flatten(2)
-        total = x + 0
-        gate_residual(total, gate, update)
+        total = gate_residual(x, gate, update)
         q, scales = quantize_rowwise(total)
         q_gelu, scales_gelu = quantize_gelu(total)
         channels = image.shape[1]
         features = group_norm_silu(image, 2, torch.ones(channels), torch.zeros(channels))
-        following = gate_residual_modulate(total, gate, update, shift, scale)
+        total, following = gate_residual_modulate(total, gate, update, shift, scale)
         q_normed, scales_normed = quantize_modulate(total, shift, scale)
 
         latents = image.flatten(1)

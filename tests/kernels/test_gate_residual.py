@@ -28,21 +28,17 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...
     return x, packed[:, 2 * width : 3 * width], update, packed[:, :width], packed[:, width : 2 * width]
 
 
-def summed(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    out = x.clone()
-    reference(out, gate, update)
-    return out
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(interpret: Any, output: Any, assert_exact: Any, shape: Any, dtype: torch.dtype) -> None:
     x, gate, update, *_ = inputs(shape, dtype)
-    out = output(*shape, dtype=dtype)
-    out.copy_(x)
-    interpret(launch, gate, update, out)
-    exact = summed(x.double(), gate.double(), update.double())
+    out, in_place = output(*shape, dtype=dtype), output(*shape, dtype=dtype)
+    interpret(launch, x, gate, update, out)
+    exact = reference(x.double(), gate.double(), update.double())
     assert_exact(out, exact, torch.addcmul(x, gate[:, None], update))
+    in_place.copy_(x)
+    interpret(launch, in_place, gate, update, in_place)
+    assert torch.equal(in_place, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,9 +48,8 @@ def test_kernel_with_what_follows(
 ) -> None:
     x, gate, update, shift, scale = inputs(shape, dtype)
     total, out = output(*shape, dtype=dtype), output(*shape, dtype=dtype)
-    total.copy_(x)
-    interpret(launch_modulate, gate, update, shift, scale, 1e-6, 1.0, total, out)
-    exact = summed(x.double(), gate.double(), update.double())
+    interpret(launch_modulate, x, gate, update, shift, scale, 1e-6, 1.0, total, out)
+    exact = reference(x.double(), gate.double(), update.double())
     assert_exact(total, exact, torch.addcmul(x, gate[:, None], update))
     exact = modulate.reference(total.double(), shift.double(), scale.double())
     normed = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=1e-6)
@@ -66,29 +61,26 @@ def test_float16_saturates_and_nan_stays(interpret: Any, output: Any) -> None:
     x = torch.tensor([6e4, -6e4, inf, -inf, nan, 1.0, 6e4]).half().reshape(1, 1, 7)
     update = torch.tensor([6e4, -6e4, 1.0, 1.0, 1.0, nan, -inf]).half().reshape(1, 1, 7)
     gate, out = torch.ones(1, 7).half(), output(1, 1, 7, dtype=torch.float16)
-    out.copy_(x)
-    interpret(launch, gate, update, out)
+    interpret(launch, x, gate, update, out)
     expected = torch.tensor([65504, -65504, 65504, -65504, nan, nan, -65504]).half().reshape(1, 1, 7)
     assert torch.equal(out.nan_to_num(7, inf, -inf), expected.nan_to_num(7))
-    assert torch.equal(summed(x, gate, update).nan_to_num(7, inf, -inf), expected.nan_to_num(7))
+    assert torch.equal(reference(x, gate, update).nan_to_num(7, inf, -inf), expected.nan_to_num(7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_it_is_what_the_transformers_compute(dtype: torch.dtype) -> None:
-    from fastsd.denoisers import transformer
+    from fastsd import ops
 
     x, gate, update, *_ = inputs((2, 5, 24), dtype)
     x[0, 0, 0] = 1e6  # Inf in float16
-    expected = transformer.add(x, gate[:, None], update)
-    gate_residual(x, gate, update)
-    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(gate_residual(x, gate, update), ops.gate_residual(x, gate[:, None], update))
 
 
 def test_reference_of_both_is_one_after_the_other() -> None:
     x, gate, update, shift, scale = inputs((2, 5, 24), torch.bfloat16)
-    total = summed(x, gate, update)
-    out = reference_modulate(x, gate, update, shift, scale)
-    assert torch.equal(x, total) and torch.equal(out, modulate.reference(total, shift, scale))
+    expected = reference(x, gate, update)
+    total, out = reference_modulate(x, gate, update, shift, scale)
+    assert torch.equal(total, expected) and torch.equal(out, modulate.reference(expected, shift, scale))
 
 
 def test_op(check_op: Any) -> None:
@@ -100,10 +92,10 @@ def test_op(check_op: Any) -> None:
 def test_launch_on_a_gpu(launches: Any) -> None:
     x, gate, update, shift, scale = inputs((2, 333, 1536), torch.bfloat16)
     (call,) = launches(gate_residual, x, gate, update)
-    assert (call.kernel, call.grid, call.written) == ("_gate_residual_kernel", (42, 6, 2), {"x"})
+    assert (call.kernel, call.grid, call.written) == ("_gate_residual_kernel", (42, 6, 2), {"total"})
     assert call.arguments["update_batch"] == 336 * 1536 and call.arguments["SATURATE"] is False
     (call,) = launches(gate_residual_modulate, x, gate, update, shift, scale)
-    assert (call.kernel, call.grid, call.written) == ("_gate_residual_modulate_kernel", (333, 2, 1), {"x", "out"})
+    assert (call.kernel, call.grid, call.written) == ("_gate_residual_modulate_kernel", (333, 2, 1), {"total", "out"})
     (call,) = launches(gate_residual, x.half(), gate.half(), update.half())
     assert call.arguments["SATURATE"] is True
 
