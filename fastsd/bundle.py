@@ -514,7 +514,8 @@ class Router:
 
     def _check(self, files: Mapping[str, tuple[int, str]]) -> None:
         unchecked = {path: value for path, value in files.items() if path not in self._checked}
-        integrity.check_files(self._folder, unchecked, besides=None)
+        if unchecked:
+            integrity.check_files(self._folder, unchecked, besides=None)
         self._checked |= unchecked.keys()
 
     def _load(self, engine: Engine) -> Run:

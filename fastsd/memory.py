@@ -92,13 +92,15 @@ def phases(
         components: of a checkpoint; those that `families.load(..., only=())` leaves on the meta device will do.
         load: sizes.
         dtype: of what is on the meta device, as `families.load` takes it; None: as it is.
-        device: where it would run; it need not be here.
+        device: where it would run; it need not be here, but a torch that was built without CUDA counts plain operations
+            in place of the kernels', which make more.
         backend: "eager", or "compile", whose fused operations make less than is counted here.
         release_prepare: as `Pipeline.from_pretrained` takes it.
     """
     device = torch.device(device)
+    traced = device if torch.version.cuda else torch.device("cpu")  # indexing even a fake tensor needs its library
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _faked(components, dtype, device)
+        fake = _faked(components, dtype, traced)
         resident = sum(size for size, _ in report(_modules(fake)).values())
         waiting = sum(map(_bytes, _prepare_only(fake.denoiser).values()))
         most: dict[str, int] = {}
@@ -111,7 +113,7 @@ def phases(
             most[phase] = live.most
 
         with live, _Attention():
-            _straight_line(fake, load, device, count)
+            _straight_line(fake, load, traced, count)
     away = waiting if release_prepare and device.type != "cpu" else 0
     return {
         phase: Bytes(resident - (0 if phase == "prepare" else away), activations, _overhead(activations, device))
@@ -188,8 +190,8 @@ def free(device: torch.device) -> int:
         # What the allocator holds and does not use can be used again.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + idle
-    available = _field(Path("/proc/meminfo"), "MemAvailable")
-    room = [sys.maxsize if available is None else available * 1024]
+    available = _field(_MEMINFO, "MemAvailable")
+    room = [sys.maxsize if available is None else 1024 * available]
     for limit, used, cached in _CGROUPS:
         try:
             room.append(int(limit.read_text()) - int(used.read_text()) + (_field(*cached) or 0))
@@ -198,6 +200,7 @@ def free(device: torch.device) -> int:
     return max(min(room), 0)
 
 
+_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUPS = (  # limit, use, and what of it are files that can go; version 2 and 1
     (_CGROUP / "memory.max", _CGROUP / "memory.current", (_CGROUP / "memory.stat", "inactive_file")),
@@ -333,9 +336,10 @@ def _fake(module: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
     """A copy whose weights have no data; those on the meta device are in the dtype as `checkpoint.assign` has them."""
     wide = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
     copies: dict[int, Any] = {}
-    for name, tensor in (module.state_dict(keep_vars=True) | dict(module.named_buffers())).items():
+    stored = module.state_dict(keep_vars=True)
+    for name, tensor in (stored | dict(module.named_buffers())).items():
         kind = tensor.dtype
-        if dtype is not None and tensor.is_meta and isinstance(tensor, nn.Parameter):
+        if dtype is not None and tensor.is_meta and name in stored and tensor.is_floating_point():
             kind = torch.float32 if wide.intersection(name.split(".")) else dtype
         empty = torch.empty(tensor.shape, dtype=kind, device=device)
         copies[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty

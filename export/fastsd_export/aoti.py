@@ -199,8 +199,8 @@ def _examples(traced: Traced, ranges: Mapping[str, Range]) -> dict[str, int]:
         multiple, limit = traced.limits.get(name, (1, 2**30))
         step = multiple * (2 if name in ("height", "width") else 1)
         size = max(usual - usual % step + multiple, 3 * multiple) if step > multiple else max(usual, 2)
-        step = -step if size + 2 * step > limit else step
-        while size in sizes.values():
+        step = -step if size + 3 * step > limit else step
+        while size > limit or size in sizes.values():
             size += step
         sizes[name] = size
     return sizes

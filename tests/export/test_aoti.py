@@ -343,16 +343,15 @@ def test_a_damaged_package_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_no_compiler_is_an_error_of_the_export(
-    least: Path, export: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from torch._inductor import config, cpp_builder
+    from torch._inductor import config
 
-    monkeypatch.setenv("FASTSD_HOME", str(tmp_path / "home"))
+    _, components = loaded("sd")
+    traced, ranges = trace.vae_encoder(components.vae), {"height": (8, 8, 8), "width": (8, 8, 8)}
     monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    cpp_builder.cpp_compiler_search.cache_clear() if hasattr(cpp_builder.cpp_compiler_search, "cache_clear") else None
-    says = refusal(lambda: export(least, tmp_path / "out", (BFLOAT16,), sizes=SIZES, components=["vae_encoder"]))
-    assert "install g++" in says
-    assert not (tmp_path / "out").exists()
+    says = refusal(lambda: aoti.build(traced, ranges, tmp_path, precision="float32", device="cpu"))
+    assert "install g++" in says and not any(tmp_path.iterdir())
 
 
 def test_weights_are_written_once_and_aligned(tmp_path: Path) -> None:
@@ -389,20 +388,34 @@ def test_plans_of_aoti(least: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Lane("aoti", "bfloat16").device == "cuda"
 
 
-EXAMPLES: dict[str, tuple[dict[str, tuple[int, int, int]], dict[str, int]]] = {
-    "fixed": ({"batch": (2, 2, 2), "height": (8, 8, 8), "width": (8, 8, 8)}, {"batch": 2, "height": 8, "width": 8}),
+EXAMPLES: dict[str, tuple[str, dict[str, tuple[int, int, int]], dict[str, int]]] = {
+    "fixed": (
+        "sd",
+        {"batch": (2, 2, 2), "height": (8, 8, 8), "width": (8, 8, 8)},
+        {"batch": 2, "height": 8, "width": 8},
+    ),
     "ranges": (
+        "sd",
         {"batch": (1, 2, 4), "height": (8, 64, 128), "width": (8, 64, 128)},
         {"batch": 2, "height": 65, "width": 67},
     ),
-    "from one": ({"batch": (1, 1, 4), "height": (8, 8, 8), "width": (1, 1, 3)}, {"batch": 2, "height": 8, "width": 3}),
+    "from one": (
+        "sd",
+        {"batch": (1, 1, 4), "height": (8, 8, 8), "width": (1, 1, 3)},
+        {"batch": 2, "height": 8, "width": 3},
+    ),
+    "up to the limit": (  # of the table of positions: 24 latents, 2 a token
+        "sd3",
+        {"batch": (1, 2, 4), "height": (8, 24, 24), "width": (8, 24, 24)},
+        {"batch": 2, "height": 22, "width": 18},
+    ),
 }
 
 
 @pytest.mark.parametrize("case", EXAMPLES)
 def test_examples_are_told_apart(loaded: Callable[..., Any], case: str) -> None:
-    family, components = loaded("sd")
-    ranges, expected = EXAMPLES[case]
+    name, ranges, expected = EXAMPLES[case]
+    family, components = loaded(name)
     traced = trace.denoiser(family, components, 20)
     assert aoti._examples(traced, {**ranges, "tokens": (77, 77, 77)}) == {**expected, "tokens": 77}
 
