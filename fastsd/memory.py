@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastsd import families, text, vae
+from fastsd.backends import MODULES
+from fastsd.errors import InputError
 from fastsd.text import Conditioning
 
 PHASES = ("text", "prepare", "denoise", "decode")
@@ -94,9 +96,14 @@ def phases(
         dtype: of what is on the meta device, as `families.load` takes it; None: as it is.
         device: where it would run; it need not be here, but a torch that was built without CUDA counts plain operations
             in place of the kernels', which make more.
-        backend: "eager", or "compile", whose fused operations make less than is counted here.
+        backend: "eager", or "compile", whose fused operations make no more than is counted here.
         release_prepare: as `Pipeline.from_pretrained` takes it.
+
+    Raises:
+        InputError: the backend runs no modules.
     """
+    if backend not in MODULES:
+        raise InputError(f"the memory of {backend!r} cannot be counted, as it runs engines: use {' or '.join(MODULES)}")
     device = torch.device(device)
     traced = device if torch.version.cuda else torch.device("cpu")  # indexing even a fake tensor needs its library
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -285,6 +292,8 @@ class _Live(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
+        if func is torch.ops.aten.convolution.default and args[1].device.type == "cpu":
+            self.most = max(self.most, self.now + _bytes(args[1]))  # oneDNN brings the weights into its own order
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -349,9 +358,9 @@ def _fake(module: Any, dtype: torch.dtype | None, device: torch.device) -> Any:
 def _overhead(activations: int, device: torch.device) -> int:
     """What a run takes beyond the tensors.
 
-    On the CPU: 5 % and 16 MB, for weights that oneDNN reorders and memory that glibc keeps. Measured with the VAEs of
-    Stable Diffusion and of the demo at 256 to 1024 pixels in bfloat16 and float32, where it was 3 to 8 % and 5 MB with
-    MALLOC_MMAP_THRESHOLD_=262144 set, and up to 30 MB more, from run to run, without. On CUDA: cuBLAS' workspace.
+    On the CPU: 5 % and 16 MB, for scratch memory and what glibc keeps. With Stable Diffusion 1.5 at 512 pixels and the
+    demo at 384 and 512 it was 0 to 10 % with MALLOC_MMAP_THRESHOLD_=262144 set, and without, from run to run, up to
+    30 % or 64 MB of maps that were freed. On CUDA: cuBLAS' workspace on Hopper, not measured yet.
     """
     return 32 * 2**20 if device.type == "cuda" else activations // 20 + 16 * 2**20
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from fastsd import arrays, bundle, explain, families, image, lora, text, vae
 from fastsd.arrays import Array
-from fastsd.backends import MODULES, Engines, Functions, load_backend
+from fastsd.backends import FORMS, Engines, Functions, load_backend
 from fastsd.errors import InputError, MissingExtraError, NumericError
 from fastsd.explain import Explanation
 from fastsd.request import Arguments, Request, check, check_size
@@ -127,7 +127,7 @@ class Pipeline:
         self.tables: dict[Any, StepTable] = {}  # compiled schedulers
         if engines is None:
             chosen = explain.pick(family, components).backend if backend == "auto" else backend
-            engines = load_backend(chosen).engines(family, components)
+            engines = load_backend(chosen).engines(family, components, **FORMS[chosen])
         self._engines = engines
         self.backend: str = engines.target
         self.device, self.dtype = engines.device, engines.precision
@@ -166,7 +166,8 @@ class Pipeline:
             dtype: "auto" (`device.pick_dtype`), "float32", "float16", "bfloat16" or a torch dtype; of a bundle one of
                 the precisions it was exported in ("int8", too).
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-            backend: "auto", "eager" or "compile" for a checkpoint, or one of a bundle's targets ("onnx", "aoti", ...).
+            backend: "auto"; for a checkpoint "eager", "compile" or "compile-whole"; for a bundle one of its targets,
+                such as "aoti". `explain` says which can run.
             weights: "checkpoint", or "random": a preset's architecture with seeded random weights and no download, to
                 measure latency and memory with.
             release_prepare: keep the weights that are read once per image (`memory`) in host memory meanwhile;
@@ -570,13 +571,13 @@ def _place(device: str | torch.device, dtype: str | torch.dtype, backend: str) -
             f"the backend {backend!r} runs bundles: make one with `fastsd export MODEL --to {backend} -o DIR`, "
             "and load DIR"
         )
-    if backend not in ("auto", *MODULES):
-        known = ", ".join(("auto", *MODULES, *bundle.TARGETS))
+    if backend not in ("auto", *FORMS):
+        known = ", ".join(("auto", *FORMS, *bundle.TARGETS))
         raise InputError(f"the backend {backend!r} is unknown: use one of {known}")
     _torch()
     from fastsd.device import pick_device, pick_dtype
 
     on = pick_device(device)
     if backend != "auto":  # before the weights are read
-        explain.require(backend, str(on))
+        explain.require(backend.removesuffix("-whole"), str(on))
     return on, pick_dtype(dtype, on)

@@ -147,6 +147,8 @@ def test_phases(make_checkpoint: Make, family: str) -> None:
     assert 1.1 < twice["denoise"].activations / counted["denoise"].activations < 4.2  # attention: up to the square
     assert counted["decode"].activations < twice["decode"].activations < 4 * counted["decode"].activations
     assert counted["decode"].total == sum(counted["decode"])
+    with pytest.raises(fastsd.InputError, match="'onnx' cannot be counted, as it runs engines: use eager or compile"):
+        memory.phases(bare, load, backend="onnx")
 
 
 # Parameters of the published checkpoints, all components together, in millions.

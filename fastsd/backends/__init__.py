@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ROWS = 64  # rows that `prepare` computes at a time: a row has the same bits in a run of 4 steps and in one of 50
 MODULES = ("eager", "compile")  # those that run the modules of a checkpoint; all others run bundles
+# What a caller may ask for by name, and its options; whole graphs are compiled for longer than their repeated blocks.
+FORMS: dict[str, dict[str, Any]] = {"eager": {}, "compile": {}, "compile-whole": {"whole": True}}
 
 
 @dataclass(frozen=True)
@@ -83,5 +85,5 @@ class Engines:
 
 
 def load_backend(target: str) -> Any:
-    """The module of a backend; "tensorrt-rtx" is TensorRT's."""
+    """The module of a backend; "tensorrt-rtx" is TensorRT's, and so on."""
     return import_module(f"fastsd.backends.{target.partition('-')[0]}")
