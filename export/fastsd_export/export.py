@@ -306,7 +306,8 @@ def _report(manifest: Manifest, folder: Path, lanes: list[Lane], repository: Pat
         )
         return
     for one in variants:
-        size = sum(nbytes for engine in one.engines for nbytes, _ in engine.files.values())
+        listed = {path: nbytes for engine in one.engines for path, (nbytes, _) in engine.files.items()}
+        size = sum(listed.values())  # engines may share a file
         held = one.record.get("verification")
         checked = "components alone verified"
         if held:
