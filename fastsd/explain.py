@@ -126,7 +126,7 @@ def _no_gpu() -> str | None:
     except InputError as error:
         if _NVIDIA not in (path.read_text().strip() for path in _PCI.glob("*/vendor")):
             return "there is no NVIDIA GPU in this machine: use one that has one"
-        remedy = "install NVIDIA's driver, until nvidia-smi shows the GPU (in a container: run it with --gpus all)"
+        remedy = "install NVIDIA's driver, until nvidia-smi shows the GPU (in a container, with --gpus all)"
         return f"{_split(str(error))[0]}: {remedy}"
     return None
 

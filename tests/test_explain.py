@@ -328,6 +328,8 @@ def test_a_gpu_without_its_driver_is_another_reason(
     (tmp_path / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
     monkeypatch.setattr(explain, "_PCI", tmp_path)
     assert says in (explain.problem("tensorrt", "cuda") or "")
+    (row,) = (row for row in explain.of_machine(["cuda"]).rows if row.backend == "tensorrt")
+    assert "GPU" in row.why and "install" not in row.why and says.partition(": ")[2] in row.remedy
     assert "pip install" in (explain.problem("openvino", "cpu") or "")
 
 

@@ -197,26 +197,25 @@ extern "C" int attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out,
         for (int64_t size : sizes) bytes += (size + 63) / 64 * 64;
         char *memory = static_cast<char *>(operator new(bytes, std::align_val_t(64), std::nothrow));
         failed = memory == nullptr;
-        if (memory != nullptr) {
-            void *at[7];
-            char *next = memory;
-            for (int i = 0; i < 7; i++) at[i] = next, next += (sizes[i] + 63) / 64 * 64;
-            const Buffers b{(bf16 *)at[0],  (bf16 *)at[1],  (bf16 *)at[2], (bf16 *)at[3],
-                            (float *)at[4], (float *)at[5], (float *)at[6]};
-            int64_t packed = -1;
+        void *at[7] = {};
+        char *next = memory;
+        for (int i = 0; i < 7 && memory != nullptr; i++) at[i] = next, next += (sizes[i] + 63) / 64 * 64;
+        const Buffers b{(bf16 *)at[0],  (bf16 *)at[1],  (bf16 *)at[2], (bf16 *)at[3],
+                        (float *)at[4], (float *)at[5], (float *)at[6]};
+        int64_t packed = -1;
 #pragma omp for schedule(static)
-            for (int64_t task = 0; task < total; task++) {
-                const int64_t head = task / blocks, block = task % blocks, first = block * ROWS;
-                const int64_t one = head / heads, other = head % heads;
-                if (head != packed)
-                    pack(s, k + one * ks[0] + other * ks[1], v + one * vs[0] + other * vs[1], width, b);
-                packed = head;
-                const int64_t count = queries - first < ROWS ? queries - first : ROWS;
-                KERNELS[width](s, q + one * qs[0] + other * qs[1], first, count, b,
-                               out + (one * queries * heads + other) * dim);
-            }
-            operator delete(memory, std::align_val_t(64));
+        for (int64_t task = 0; task < total; task++) {
+            if (memory == nullptr) continue;  // all threads meet at the loop's end, or those that got here wait forever
+            const int64_t head = task / blocks, block = task % blocks, first = block * ROWS;
+            const int64_t one = head / heads, other = head % heads;
+            if (head != packed)
+                pack(s, k + one * ks[0] + other * ks[1], v + one * vs[0] + other * vs[1], width, b);
+            packed = head;
+            const int64_t count = queries - first < ROWS ? queries - first : ROWS;
+            KERNELS[width](s, q + one * qs[0] + other * qs[1], first, count, b,
+                           out + (one * queries * heads + other) * dim);
         }
+        operator delete(memory, std::align_val_t(64));
     }
     return failed;
 }

@@ -39,6 +39,8 @@ def build(source: Path, flags: Sequence[str], folder: Path) -> Path:
             done = subprocess.run(line, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{command} failed on {source.name}: {done.stderr.strip()[-500:]}")
+            with open(made, "rb") as file:  # a crash of the machine leaves no half of it either
+                os.fsync(file.fileno())
             os.replace(made, path)
     return path
 
