@@ -21,19 +21,27 @@ def names(known: dict[str, Any]) -> list[str]:
     return [step.name for step in gpu.steps(CPU, torch.bfloat16, known, tiny=True)]
 
 
-def test_every_step_runs_and_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "only", ["kernel", "model", *(pytest.param(one, marks=pytest.mark.full) for one in ("graph", "cell"))]
+)
+def test_every_step_runs_and_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str], only: str) -> None:
     path = tmp_path / "results.json"
-    assert gpu.main(["--results", str(path)]) == 0
+    assert gpu.main(["--results", str(path), "--only", only]) == 0
     captured = capsys.readouterr()
     assert "dry run" in captured.err and "0 steps not right, 0 left" in captured.err
     document = json.loads(path.read_text())
-    assert set(document["steps"]) == set(names({}))
+    assert set(document["steps"]) == {"environment", "ceilings", *(name for name in names({}) if name.startswith(only))}
     for name, step in document["steps"].items():
         assert step["dry_run"], name
         assert not {"us", "denoiser_us", "seconds"} & step["result"].keys()  # nothing was measured
-    # A second call replaces what it runs and keeps the rest.
-    assert gpu.main(["--results", str(path), "--only", "kernel/modulate"]) == 0
-    assert set(json.loads(path.read_text())["steps"]) == set(document["steps"])
+
+
+def test_a_second_call_replaces_what_it_runs_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for only in ("kernel/geglu", "kernel/modulate", "kernel/modulate"):
+        assert gpu.main(["--results", str(path), "--only", only]) == 0
+    kept = {name for name in names({}) if name.startswith(("kernel/geglu", "kernel/modulate"))}
+    assert set(json.loads(path.read_text())["steps"]) == {"environment", "ceilings", *kept}
 
 
 def test_what_was_never_measured_comes_first() -> None:

@@ -3,7 +3,8 @@
 A cell is a model at the size and the steps that others publish. Of each cell every way of running it is a step of the
 GPU runbook of its own, measured in turns with E, `diffusers` uncompiled in the same dtype on the same weights: so a
 call that ends early loses one way at most, and any two ways compare by their ratios to E. The text is encoded anew for
-every image, by the same modules on both sides. Peaks are those of the allocator while a way runs.
+every image, by the same modules on both sides. An image that is another than E's has no time. Peaks are what the
+allocator holds while a way runs, with the pools of captured graphs, which both sides' count has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fastsd import families, random_weights, text
@@ -48,7 +50,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "diffusers max-autotune": {"mode": "max-autotune-no-cudagraphs"},
     "diffusers graphs": {"mode": "max-autotune"},
 }
-SECONDS, IMAGES = 45.0, 20  # of each side: as many images as fit into the time, 20 at most
+SECONDS, IMAGES = 100.0, 20  # of each side: as many images as fit into the time, 20 at most
+# Of a way's image against E's, both rounded to 16 bits in another order through all steps; another image has 5 to 10.
+LEAST_DB = 15.0
 
 Call = Callable[[], Any]
 
@@ -80,22 +84,27 @@ def cell(name: str, way: str, device: torch.device, dtype: torch.dtype, *, tiny:
         calls[way] = _diffusers(plain, _compile(theirs, tiny=tiny, **PEERS[way]), arguments)
     row: dict[str, Any] = {"steps": arguments["num_inference_steps"], "size": arguments["height"], "way": way}
     first: dict[str, float] = {}
+    images: dict[str, Any] = {}
     for side, call in calls.items():
         started = time.perf_counter()
-        call()
+        images[side] = np.asarray(call()[0], dtype=np.float64)
         first[side] = time.perf_counter() - started
-    if tiny:
+    error = float(np.mean((images[way] - images["E"]) ** 2))
+    row["psnr"] = 10 * np.log10(255**2 / max(error, 1e-9))
+    row["right"] = bool(row["psnr"] >= LEAST_DB)
+    if tiny or not row["right"]:
         return row
     row["first_image_s"] = first[way]
     seconds: dict[str, list[float]] = {side: [] for side in calls}
     peaks = dict.fromkeys(calls, 0.0)
     while len(seconds["E"]) < IMAGES and sum(seconds["E"]) < SECONDS:
         for side, call in calls.items():
+            torch.cuda.empty_cache()  # what is reserved is then what this side needs, and graphs hold for good
             torch.cuda.reset_peak_memory_stats(device)
             started = time.perf_counter()
             call()
             seconds[side].append(time.perf_counter() - started)
-            peaks[side] = max(peaks[side], torch.cuda.max_memory_allocated(device) / 1e9)
+            peaks[side] = max(peaks[side], torch.cuda.max_memory_reserved(device) / 1e9)
     median = {side: statistics.median(values) for side, values in seconds.items()}
     row |= {"images": len(seconds["E"]), "seconds": median[way], "E_seconds": median["E"]}
     row |= {"ratio": statistics.median(a / b for a, b in zip(seconds[way], seconds["E"], strict=True))}

@@ -108,12 +108,12 @@ def build(
     static = {name: low for name, (low, _, high) in ranges.items() if low == high}
     program = export(traced, ranges, getattr(torch, precision), device, layout)
     values = _fill(program, device)
-    if device == "cpu" and cpu_attention.reason() is None and cpu_attention.substitute(program.graph_module):
-        kernel = cpu_attention.build(store.home() / "native")
-        shutil.copyfile(kernel, folder / kernel.name)
     path = folder / f"{traced.component}.pt2"
     described = {TORCH: str(torch.__version__), MACHINE: json.dumps(machine.describe(device))}
     try:
+        if device == "cpu" and cpu_attention.reason() is None and cpu_attention.substitute(program.graph_module):
+            kernel = cpu_attention.build(store.home() / "native")
+            shutil.copyfile(kernel, folder / kernel.name)
         values |= _compile(program, path, {**OPTIONS[device], "aot_inductor.metadata": described})
     except Exception as error:  # of the compiler behind it, too
         raise InputError(

@@ -398,7 +398,7 @@ def _native(kernel: Any) -> Any:
         except InputError:  # a store that cannot be written: what is loaded needs no file
             with tempfile.TemporaryDirectory() as folder:
                 return kernel.load(kernel.build(Path(folder)))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise InputError(f"{one_line(error)}: set CXX to a compiler that works, or use backend='eager'") from error
 
 

@@ -170,10 +170,11 @@ def _pack_again(module: Any, *_: Any) -> None:
     """Pack once more where a parameter is no longer the view that it was."""
     for names in module.PACKS:
         if names[0] in module.packed:
-            weight, _ = module.packed[names[0]]
-            parts = zip(names, weight.chunk(len(names)), strict=True)
-            if any(getattr(module, name).weight.data_ptr() != part.data_ptr() for name, part in parts):
-                module.pack()
+            for kind, packed in zip(("weight", "bias"), module.packed[names[0]], strict=True):
+                parts = () if packed is None else zip(names, packed.chunk(len(names)), strict=True)
+                if any(getattr(getattr(module, name), kind).data_ptr() != part.data_ptr() for name, part in parts):
+                    module.pack()
+                    break
 
 
 class Attention(Packing):

@@ -65,8 +65,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Non-causal attention: q [B, Lq, H, D], k and v [B, Lk, H, D] -> [B, Lq, H, D], bfloat16, D even and at most 160.
 
-    Any strides with adjacent elements in the last dimension. An element's bits depend on its own batch entry and head
-    alone, whatever the number of threads.
+    k and v may have a batch of 1 for all. Any strides with adjacent elements in the last dimension. An element's bits
+    depend on its own batch entry and head alone, whatever the number of threads.
 
     Raises:
         RuntimeError: the kernel was not loaded, or memory is short.
@@ -76,6 +76,8 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(f"q, k and v must be bfloat16 on the CPU with an even head dimension up to {MAX_DIM}.")
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
+    # As torch does; whether a graph's batches are the same may not be known where it is traced.
+    k, v = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x for x in (k, v))
     if not k.shape == v.shape == (batch, keys, heads, dim) or keys == 0:
         wanted = [batch, "keys > 0", heads, dim]
         raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}; both must be {wanted}.")
@@ -132,8 +134,10 @@ def substitute(graph_module: GraphModule) -> int:
 def _replaceable(node: Node) -> bool:
     """Whether a node is plain attention over what the kernel takes; of its other arguments it may have defaults."""
     q, k, v = (_value(x) for x in node.args[:3]) if len(node.args) >= 3 else (None, None, None)
-    others = [*node.args[3:], *node.kwargs.values()]
+    others = [*node.args[3:], *(value for name, value in node.kwargs.items() if name != "scale")]
     if q is None or k is None or v is None or any(one not in (None, False, 0.0) for one in others):
+        return False
+    if node.kwargs.get("scale") is not None:
         return False
     return q.ndim == 4 and q.shape[1] == k.shape[1] and takes(q, k, v)
 

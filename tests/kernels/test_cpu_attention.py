@@ -72,6 +72,12 @@ def test_slices_of_one_buffer_and_other_strides(assert_exact: Any) -> None:
 
 
 @needs_avx512_bf16
+def test_one_prompt_for_all_images() -> None:
+    q, k, v = random(3, 20, 2, 16), random(1, 7, 2, 16, seed=1), random(1, 7, 2, 16, seed=2)
+    assert torch.equal(kernel(q, k, v), kernel(q, *(x.expand(3, -1, -1, -1).contiguous() for x in (k, v))))
+
+
+@needs_avx512_bf16
 def test_scores_far_apart_neither_overflow_nor_vanish(assert_exact: Any) -> None:
     q, k, v = random(1, 30, 1, 64) * 30, random(1, 300, 1, 64, seed=1) * 30, random(1, 300, 1, 64, seed=2)
     assert_exact(kernel(q, k, v), exact(q, k, v), reference(q, k, v))
