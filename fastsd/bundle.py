@@ -34,6 +34,7 @@ import shlex
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -368,6 +369,8 @@ def load(
         )
     router = Router(folder, manifest, variant, place, serve)
     tensors = serve is None and variant.target in TENSORS
+    if tensors:
+        router.look_ahead()
     functions = compose(module, components, router.route, router.admit, place, tensors=tensors)
     table = functools.partial(_table, folder, manifest, components)
     engines = Engines(
@@ -486,6 +489,7 @@ class Router:
         self._routes: dict[tuple[Any, ...], tuple[Run, frozenset[str]]] = {}
         self._locks = {engine.path: threading.Lock() for engine in variant.engines}
         self._checked: set[str] = set()  # files whose sha256 was that of the manifest
+        self._ahead: dict[str, Future[None]] = {}  # those that a thread is looking at
 
     def route(self, component: str, dims: Mapping[str, int]) -> tuple[Run, frozenset[str]]:
         """The engine of a component for some dimensions, and the names of its inputs; `InputError` if there is none."""
@@ -512,8 +516,23 @@ class Router:
         self._check({path: engine.files[path]})
         return load_backend(engine.target).weights(self._folder / path, engine, self._device, self._shared)
 
+    def look_ahead(self) -> None:
+        """Begin to check the weights that every call reads: as long as torch takes to import, which goes on beside."""
+        files = {
+            path: engine.files[path] for engine in self._variant.engines if (path := engine.options.get("weights"))
+        }
+        thread = ThreadPoolExecutor(1)
+        for path, value in files.items():
+            self._ahead[path] = thread.submit(integrity.check_files, self._folder, {path: value}, besides=None)
+        thread.shutdown(wait=False)
+
     def _check(self, files: Mapping[str, tuple[int, str]]) -> None:
         unchecked = {path: value for path, value in files.items() if path not in self._checked}
+        for path in unchecked.keys() & self._ahead.keys():
+            if (found := self._ahead.get(path)) is not None:
+                found.result()  # raises what the check did
+                del unchecked[path]
+                self._checked.add(path)
         if unchecked:
             integrity.check_files(self._folder, unchecked, besides=None)
         self._checked |= unchecked.keys()
